@@ -1,0 +1,334 @@
+//! The per-sample state machine that decides between latent and explicit steps.
+
+use std::collections::VecDeque;
+use std::fmt;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::spec::{ControllerSpec, Gate, Start};
+use crate::validate::SpecError;
+
+/// What the next input is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// A mixture embedding; nothing is printed.
+    Latent,
+    /// One token, printed and counted.
+    Explicit,
+}
+
+impl Mode {
+    /// The name under which the mode is recorded.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Latent => "latent",
+            Self::Explicit => "explicit",
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// Why a decision came out as it did. The names are recorded in traces and never change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// Threshold gate: the entropy is above `alpha`.
+    AboveAlpha,
+    /// Threshold gate: the entropy is at most `alpha`.
+    BelowAlpha,
+    /// Trend gate with a window not yet full: the entropy is above `alpha`.
+    WarmupAboveAlpha,
+    /// Trend gate with a window not yet full: the entropy is at most `alpha`.
+    WarmupBelowAlpha,
+    /// Trend gate: the entropy is below the convergence threshold.
+    Converged,
+    /// Trend gate: the entropy falls steadily, with little variance.
+    Converging,
+    /// Trend gate: the mean is at least `alpha`, or it is above convergence and not falling.
+    Uncertain,
+    /// Trend gate: neither converging nor uncertain, so the mode stays.
+    Keep,
+    /// The gate of a control.
+    Always,
+    /// The first step is latent because the specification says so.
+    StartLatent,
+    /// The gate wants to switch, but the mode has not lasted its minimum yet.
+    Dwell,
+    /// The gate wants latent mode, but the switches left cannot pay for entering and leaving it.
+    Cap,
+    /// The latent budget is spent: explicit for good.
+    LatentBudget,
+    /// Forced: the latent step is certain of the end of the sequence.
+    EosCertain,
+    /// Forced: the remaining steps are reserved for the answer.
+    AnswerReserve,
+    /// The entropy is not a finite number.
+    NotFinite,
+}
+
+impl Reason {
+    /// The name under which the reason is recorded.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::AboveAlpha => "above_alpha",
+            Self::BelowAlpha => "below_alpha",
+            Self::WarmupAboveAlpha => "warmup_above_alpha",
+            Self::WarmupBelowAlpha => "warmup_below_alpha",
+            Self::Converged => "converged",
+            Self::Converging => "converging",
+            Self::Uncertain => "uncertain",
+            Self::Keep => "keep",
+            Self::Always => "always",
+            Self::StartLatent => "start_latent",
+            Self::Dwell => "dwell",
+            Self::Cap => "cap",
+            Self::LatentBudget => "latent_budget",
+            Self::EosCertain => "eos_certain",
+            Self::AnswerReserve => "answer_reserve",
+            Self::NotFinite => "not_finite",
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// An exit to explicit mode that the loop asks for, whatever the gate thinks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Force {
+    /// The end of the sequence is the most probable token with near certainty.
+    EosCertain,
+    /// The last steps are kept for the answer.
+    AnswerReserve,
+}
+
+/// The outcome of one observation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Decision {
+    /// Mode of the next step.
+    pub mode: Mode,
+    /// Whether it differs from the previous decision's; never true for the first.
+    pub switched: bool,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// Turns a sample's entropies into modes, one decision per step.
+///
+/// Implementations are pure state machines: a fresh one fed the same observations makes the same
+/// decisions, so a recorded trace can be replayed.
+pub trait Controller: Send {
+    /// Decides the mode of the next step.
+    ///
+    /// `entropy` is the mean of the experts' entropies, in the specification's `alpha_unit`, and
+    /// finite. `force` asks for explicit mode.
+    fn observe(&mut self, entropy: f64, force: Option<Force>) -> Decision;
+
+    /// Changes of mode so far, forced ones included.
+    fn switches(&self) -> u32;
+
+    /// Latent decisions so far.
+    fn latent_steps(&self) -> u32;
+
+    /// The mode of the last decision, none before the first.
+    fn mode(&self) -> Option<Mode>;
+}
+
+/// The controller of a [`ControllerSpec`].
+///
+/// In order of precedence: an entropy that is not finite (a caller's error), the spent latent
+/// budget, a forced exit, then the start rule or the gate, within cap and dwell. Since latent mode is
+/// entered only if its exit can be paid for, `switches <= cap` always holds.
+#[derive(Clone, Debug)]
+pub struct GateController {
+    spec: ControllerSpec,
+    window: VecDeque<f64>,
+    mode: Option<Mode>,
+    /// Consecutive decisions for the current mode.
+    dwell: u32,
+    switches: u32,
+    latent_steps: u32,
+}
+
+impl GateController {
+    /// A controller before its first step. Fails if the specification is invalid.
+    pub fn new(spec: &ControllerSpec) -> Result<Self, SpecError> {
+        spec.validate()?;
+        Ok(Self {
+            spec: spec.clone(),
+            window: VecDeque::new(),
+            mode: None,
+            dwell: 0,
+            switches: 0,
+            latent_steps: 0,
+        })
+    }
+
+    /// The specification it runs.
+    #[must_use]
+    pub fn spec(&self) -> &ControllerSpec {
+        &self.spec
+    }
+
+    fn decide(&self, entropy: f64, force: Option<Force>) -> (Mode, Reason) {
+        if !entropy.is_finite() {
+            return (Mode::Explicit, Reason::NotFinite);
+        }
+        if self.latent_steps >= self.spec.max_latent_steps {
+            return (Mode::Explicit, Reason::LatentBudget);
+        }
+        match force {
+            Some(Force::EosCertain) => return (Mode::Explicit, Reason::EosCertain),
+            Some(Force::AnswerReserve) => return (Mode::Explicit, Reason::AnswerReserve),
+            None => {}
+        }
+        let (wish, reason) = match (self.mode, self.spec.start) {
+            (None, Start::Latent) if self.spec.gate != Gate::AlwaysExplicit => {
+                (Mode::Latent, Reason::StartLatent)
+            }
+            _ => self.gate(entropy),
+        };
+        let minimum = match self.mode {
+            // A mode that stays needs nothing; a first decision binds no dwell.
+            Some(mode) if mode == wish => return (wish, reason),
+            None => 0,
+            Some(Mode::Latent) => self.spec.min_dwell_latent,
+            Some(Mode::Explicit) => self.spec.min_dwell_explicit,
+        };
+        if wish == Mode::Latent && !self.can_enter_latent() {
+            return (Mode::Explicit, Reason::Cap);
+        }
+        match self.mode {
+            Some(mode) if self.dwell < minimum => (mode, Reason::Dwell),
+            _ => (wish, reason),
+        }
+    }
+
+    /// Whether the switches into latent mode and out of it again stay within the cap.
+    fn can_enter_latent(&self) -> bool {
+        let price = if self.mode.is_none() { 1 } else { 2 };
+        self.spec.cap < 0 || i64::from(self.switches) + price <= self.spec.cap
+    }
+
+    fn gate(&self, entropy: f64) -> (Mode, Reason) {
+        let above = entropy > self.spec.alpha;
+        match self.spec.gate {
+            Gate::AlwaysLatent => (Mode::Latent, Reason::Always),
+            Gate::AlwaysExplicit => (Mode::Explicit, Reason::Always),
+            Gate::Threshold if above => (Mode::Latent, Reason::AboveAlpha),
+            Gate::Threshold => (Mode::Explicit, Reason::BelowAlpha),
+            Gate::Trend if self.window.len() >= self.width() => self.trend(entropy),
+            Gate::Trend if above => (Mode::Latent, Reason::WarmupAboveAlpha),
+            Gate::Trend => (Mode::Explicit, Reason::WarmupBelowAlpha),
+        }
+    }
+
+    fn trend(&self, entropy: f64) -> (Mode, Reason) {
+        let Trend {
+            mean,
+            slope,
+            variance,
+        } = Trend::of(&self.window);
+        let convergence = self.spec.convergence_threshold();
+        if entropy < convergence {
+            (Mode::Explicit, Reason::Converged)
+        } else if slope < -self.spec.slope_eps() && variance < self.spec.var_eps() {
+            (Mode::Explicit, Reason::Converging)
+        } else if mean >= self.spec.alpha || (slope >= 0.0 && mean > convergence) {
+            (Mode::Latent, Reason::Uncertain)
+        } else {
+            (self.mode.unwrap_or(Mode::Latent), Reason::Keep)
+        }
+    }
+
+    fn width(&self) -> usize {
+        self.spec.w.unwrap_or(0) as usize
+    }
+}
+
+/// Mean, least-squares slope per step and population variance of a window, oldest first.
+struct Trend {
+    mean: f64,
+    slope: f64,
+    variance: f64,
+}
+
+impl Trend {
+    fn of(window: &VecDeque<f64>) -> Self {
+        let n = window.len() as f64;
+        let mean = window.iter().sum::<f64>() / n;
+        let centre = (n - 1.0) / 2.0;
+        let (mut covariance, mut spread, mut square) = (0.0, 0.0, 0.0);
+        for (index, &entropy) in window.iter().enumerate() {
+            let x = index as f64 - centre;
+            let y = entropy - mean;
+            covariance += x * y;
+            spread += x * x;
+            square += y * y;
+        }
+        Self {
+            mean,
+            slope: covariance / spread,
+            variance: square / n,
+        }
+    }
+}
+
+impl Controller for GateController {
+    fn observe(&mut self, entropy: f64, force: Option<Force>) -> Decision {
+        debug_assert!(
+            entropy.is_finite(),
+            "the loop stops a row whose entropy is not finite"
+        );
+        if self.spec.gate == Gate::Trend && entropy.is_finite() {
+            if self.window.len() >= self.width() {
+                self.window.pop_front();
+            }
+            self.window.push_back(entropy);
+        }
+        let (mode, reason) = self.decide(entropy, force);
+        let switched = self.mode.is_some_and(|before| before != mode);
+        if switched {
+            self.switches = self.switches.saturating_add(1);
+        }
+        self.dwell = if self.mode == Some(mode) {
+            self.dwell.saturating_add(1)
+        } else {
+            1
+        };
+        if mode == Mode::Latent {
+            self.latent_steps = self.latent_steps.saturating_add(1);
+        }
+        self.mode = Some(mode);
+        Decision {
+            mode,
+            switched,
+            reason,
+        }
+    }
+
+    fn switches(&self) -> u32 {
+        self.switches
+    }
+
+    fn latent_steps(&self) -> u32 {
+        self.latent_steps
+    }
+
+    fn mode(&self) -> Option<Mode> {
+        self.mode
+    }
+}

@@ -1,0 +1,663 @@
+//! The contract of [`Backend`] as executable rules. The mock, deliberately broken mocks and real backends all run it.
+
+use std::fmt;
+
+use dlmom_core::ConsensusSpec;
+use dlmom_packet::BeliefPacket;
+
+use crate::backend::{Backend, BackendError, Feed, LaneSpec, ReadRow, Readout, Row, Want};
+use crate::ids::{AgentId, LaneId, SlotId};
+
+/// One rule of the contract.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// A prompt fed at once and token by token gives the same readout.
+    SplitPrefill,
+    /// A packet with one entry is that token.
+    OneHotIsToken,
+    /// A packet with two entries is neither of its tokens.
+    PacketsAreMixed,
+    /// Agents of a slot have their own positions, whatever the lengths of their prompts.
+    OwnPositions,
+    /// A row's readout does not depend on its batch mates or on its slot.
+    RowsAreIndependent,
+    /// Agents that are not fed do not move.
+    UnfedAgentsStay,
+    /// Consensus meets exactly the agents of `merge`, in its order.
+    MergeIsObeyed,
+    /// A refused call advances no lane.
+    ErrorsDoNotAdvance,
+    /// A lane never passes its limit, and the refusal advances nothing.
+    CapacityIsEnforced,
+    /// A reopened slot remembers nothing.
+    ReopenForgets,
+    /// A forked lane continues as its donor, and both go on separately.
+    ForkCopies,
+    /// A truncated lane continues as if the rest had never been fed.
+    TruncateForgets,
+    /// Target log-likelihoods are those of the merged distribution.
+    TargetsAgree,
+    /// A row compared with itself has no divergence; with another row it has some.
+    VersusMeasures,
+    /// Unknown slots, ids beyond the vocabulary, rows named twice and empty feeds are refused.
+    NonsenseIsRefused,
+    /// A slot's failure in numbers is a flag; set-up calls succeed.
+    SetUp,
+}
+
+/// A rule that a backend broke, with what was seen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Violation {
+    /// The rule.
+    pub rule: Rule,
+    /// What was seen.
+    pub seen: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {}", self.rule, self.seen)
+    }
+}
+
+impl std::error::Error for Violation {}
+
+/// How the kit runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Largest difference of two entropies or probabilities that are meant to be equal: 0 for an
+    /// exact backend.
+    pub tolerance: f64,
+    /// Consensus the rules are tried with.
+    pub preset: Preset,
+}
+
+/// Consensus operators of the kit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preset {
+    /// Mean of the centred logits.
+    Mean,
+    /// The paper's TIES.
+    Paper,
+}
+
+const TOP: u32 = 4;
+
+struct Kit<'b> {
+    backend: &'b mut dyn Backend,
+    settings: Settings,
+    consensus: ConsensusSpec,
+    agents: Vec<AgentId>,
+    vocab: u32,
+}
+
+/// Runs every rule on a backend with at least 3 slots of at least 24 positions, and a vocabulary of at least 8 tokens.
+///
+/// # Errors
+/// The first rule broken.
+pub fn check(backend: &mut dyn Backend, settings: Settings) -> Result<(), Violation> {
+    let info = backend.info().clone();
+    let vocab = info.models.iter().map(|m| m.vocab).min().unwrap_or(0);
+    if info.slots < 3 || info.max_len < 24 || vocab < 8 || info.agents.is_empty() {
+        return Err(Violation {
+            rule: Rule::SetUp,
+            seen: format!(
+                "{} slots of {} positions, {vocab} tokens, {} agents: too small for the kit",
+                info.slots,
+                info.max_len,
+                info.agents.len()
+            ),
+        });
+    }
+    let consensus = match settings.preset {
+        Preset::Mean => ConsensusSpec::Mean,
+        Preset::Paper => ConsensusSpec::paper(),
+    };
+    let mut kit = Kit {
+        backend,
+        settings,
+        consensus,
+        agents: (0..info.agents.len() as u32).map(AgentId).collect(),
+        vocab,
+    };
+    // Agents with different vocabularies share a backend in lanes of their own, never a consensus.
+    let one_vocabulary = info
+        .models
+        .iter()
+        .all(|m| m.fingerprint == info.models[0].fingerprint && m.vocab == info.models[0].vocab);
+    for agent in kit.agents.clone() {
+        kit.single(agent)?;
+    }
+    if kit.agents.len() > 1 {
+        kit.own_positions()?;
+        kit.unfed_agents_stay()?;
+        if one_vocabulary {
+            kit.merge_is_obeyed()?;
+        }
+    }
+    let slots: Vec<SlotId> = (0..info.slots).map(SlotId).collect();
+    kit.backend.close(&slots);
+    Ok(())
+}
+
+fn row<'a>(slot: u32, feeds: &'a [(AgentId, Feed<'a>)], merge: &'a [AgentId]) -> Row<'a> {
+    let want = Want {
+        top: TOP,
+        ..Want::default()
+    };
+    Row {
+        slot: SlotId(slot),
+        feeds,
+        merge,
+        want,
+    }
+}
+
+impl Kit<'_> {
+    fn set_up<T>(result: Result<T, BackendError>) -> Result<T, Violation> {
+        result.map_err(|e| Violation {
+            rule: Rule::SetUp,
+            seen: e.to_string(),
+        })
+    }
+
+    fn open(&mut self, slot: u32, max_len: u32) -> Result<(), Violation> {
+        let lanes: Vec<LaneSpec> = self
+            .agents
+            .iter()
+            .map(|&agent| LaneSpec {
+                lane: LaneId {
+                    slot: SlotId(slot),
+                    agent,
+                },
+                max_len,
+            })
+            .collect();
+        Self::set_up(self.backend.open(&lanes))
+    }
+
+    fn call(&mut self, rows: &[Row<'_>]) -> Result<Vec<ReadRow>, BackendError> {
+        let mut out = Readout::default();
+        self.backend.advance(rows, &self.consensus, &mut out)?;
+        Ok(out.rows)
+    }
+
+    fn ok(&mut self, rows: &[Row<'_>]) -> Result<Vec<ReadRow>, Violation> {
+        let read = Self::set_up(self.call(rows))?;
+        if read.len() != rows.len() {
+            return Err(Violation {
+                rule: Rule::SetUp,
+                seen: format!("{} rows read for {} asked", read.len(), rows.len()),
+            });
+        }
+        Ok(read)
+    }
+
+    fn tokens(&mut self, slot: u32, agent: AgentId, ids: &[u32]) -> Result<ReadRow, Violation> {
+        let feeds = [(agent, Feed::Tokens(ids))];
+        let merge = [agent];
+        let mut read = self.ok(&[row(slot, &feeds, &merge)])?;
+        Ok(read.remove(0))
+    }
+
+    fn distance(a: &ReadRow, b: &ReadRow) -> f64 {
+        let mut worst = 0.0_f64;
+        if a.read.entropies.len() != b.read.entropies.len() || a.read.finite != b.read.finite {
+            return f64::INFINITY;
+        }
+        for (x, y) in a.read.entropies.iter().zip(&b.read.entropies) {
+            worst = worst.max((x - y).abs());
+        }
+        worst = worst.max((a.read.merged_entropy - b.read.merged_entropy).abs());
+        for (&id, &p) in a.read.ids.iter().zip(&a.read.probs) {
+            let other = b.read.ids.iter().position(|&o| o == id);
+            let q = other.map_or(0.0, |at| b.read.probs[at]);
+            // Near-ties at the edge of the list may be ordered differently within the tolerance.
+            let edge = b.read.probs.last().copied().unwrap_or(0.0);
+            let gap = if other.is_some() { p - q } else { p - edge };
+            worst = worst.max(f64::from(gap.abs()));
+        }
+        worst
+    }
+
+    fn same(&self, rule: Rule, a: &ReadRow, b: &ReadRow, what: &str) -> Result<(), Violation> {
+        let distance = Self::distance(a, b);
+        if distance <= self.settings.tolerance {
+            Ok(())
+        } else {
+            Err(Violation {
+                rule,
+                seen: format!("{what}: readouts differ by {distance:.3e}"),
+            })
+        }
+    }
+
+    fn differ(&self, rule: Rule, a: &ReadRow, b: &ReadRow, what: &str) -> Result<(), Violation> {
+        if Self::distance(a, b) > self.settings.tolerance {
+            Ok(())
+        } else {
+            Err(Violation {
+                rule,
+                seen: format!("{what}: readouts are equal"),
+            })
+        }
+    }
+
+    fn prompt(&self, length: u32, salt: u32) -> Vec<u32> {
+        (0..length)
+            .map(|i| 1 + (i * 5 + salt * 3) % (self.vocab - 1))
+            .collect()
+    }
+
+    fn mixture(&self, ids: [u32; 2]) -> Result<BeliefPacket, Violation> {
+        BeliefPacket::new(ids.to_vec(), vec![0.6, 0.4], 0.9, self.vocab).map_err(|e| Violation {
+            rule: Rule::SetUp,
+            seen: e.to_string(),
+        })
+    }
+
+    fn single(&mut self, agent: AgentId) -> Result<(), Violation> {
+        let prompt = self.prompt(7, agent.0);
+        self.open(0, 24)?;
+        let whole = self.tokens(0, agent, &prompt)?;
+        self.open(0, 24)?;
+        let mut split = self.tokens(0, agent, &prompt[..1])?;
+        for id in &prompt[1..] {
+            split = self.tokens(0, agent, &[*id])?;
+        }
+        self.same(
+            Rule::SplitPrefill,
+            &whole,
+            &split,
+            "7 tokens at once and one by one",
+        )?;
+        self.open(0, 24)?;
+        self.tokens(0, agent, &prompt[..3])?;
+        let split = self.tokens(0, agent, &prompt[3..])?;
+        self.same(Rule::SplitPrefill, &whole, &split, "7 tokens as 3 and 4")?;
+
+        self.packets(agent, &prompt)?;
+        self.mates(agent, &prompt)?;
+        self.errors(agent, &prompt)?;
+        self.lanes(agent, &prompt)?;
+        self.scores(agent, &prompt)
+    }
+
+    fn packets(&mut self, agent: AgentId, prompt: &[u32]) -> Result<(), Violation> {
+        let merge = [agent];
+        let mut reads = Vec::new();
+        let hot = BeliefPacket::one_hot(3, self.vocab).map_err(|e| Violation {
+            rule: Rule::SetUp,
+            seen: e.to_string(),
+        })?;
+        let mixed = self.mixture([3, 5])?;
+        let feeds = [
+            Feed::Tokens(&[3]),
+            Feed::Packets(std::slice::from_ref(&hot)),
+            Feed::Packets(std::slice::from_ref(&mixed)),
+            Feed::Tokens(&[5]),
+        ];
+        for feed in feeds {
+            self.open(0, 24)?;
+            self.tokens(0, agent, prompt)?;
+            let feeds = [(agent, feed)];
+            reads.push(self.ok(&[row(0, &feeds, &merge)])?.remove(0));
+        }
+        self.same(
+            Rule::OneHotIsToken,
+            &reads[0],
+            &reads[1],
+            "token 3 and its one-hot packet",
+        )?;
+        self.differ(
+            Rule::PacketsAreMixed,
+            &reads[2],
+            &reads[0],
+            "0.6/0.4 mixture and token 3",
+        )?;
+        self.differ(
+            Rule::PacketsAreMixed,
+            &reads[2],
+            &reads[3],
+            "0.6/0.4 mixture and token 5",
+        )
+    }
+
+    fn mates(&mut self, agent: AgentId, prompt: &[u32]) -> Result<(), Violation> {
+        let merge = [agent];
+        let mixed = self.mixture([2, 6])?;
+        let soft = [(agent, Feed::Packets(std::slice::from_ref(&mixed)))];
+        self.open(1, 24)?;
+        let alone_prefill = self.tokens(1, agent, prompt)?;
+        let alone = self.ok(&[row(1, &soft, &merge)])?.remove(0);
+
+        let long = self.prompt(13, 5);
+        let short = self.prompt(2, 9);
+        for slot in 0..3 {
+            self.open(slot, 24)?;
+        }
+        let f0 = [(agent, Feed::Tokens(&long))];
+        let f1 = [(agent, Feed::Tokens(prompt))];
+        let f2 = [(agent, Feed::Tokens(&short))];
+        let together = self.ok(&[
+            row(0, &f0, &merge),
+            row(1, &f1, &merge),
+            row(2, &f2, &merge),
+        ])?;
+        self.same(
+            Rule::RowsAreIndependent,
+            &alone_prefill,
+            &together[1],
+            "prefill with mates",
+        )?;
+        let hard = [(agent, Feed::Tokens(&[4]))];
+        let together = self.ok(&[
+            row(0, &hard, &merge),
+            row(1, &soft, &merge),
+            row(2, &hard, &merge),
+        ])?;
+        self.same(
+            Rule::RowsAreIndependent,
+            &alone,
+            &together[1],
+            "a soft step with mates",
+        )?;
+
+        self.open(2, 24)?;
+        self.open(0, 24)?;
+        let f2 = [(agent, Feed::Tokens(prompt))];
+        let f0 = [(agent, Feed::Tokens(&long))];
+        self.ok(&[row(2, &f2, &merge), row(0, &f0, &merge)])?;
+        let mixed_call = self.ok(&[row(2, &soft, &merge)])?;
+        self.same(
+            Rule::RowsAreIndependent,
+            &alone,
+            &mixed_call[0],
+            "another slot",
+        )
+    }
+
+    fn errors(&mut self, agent: AgentId, prompt: &[u32]) -> Result<(), Violation> {
+        let merge = [agent];
+        self.open(0, 24)?;
+        self.tokens(0, agent, prompt)?;
+        let next = self.tokens(0, agent, &[4])?;
+
+        self.open(0, 24)?;
+        self.open(1, 24)?;
+        self.tokens(0, agent, prompt)?;
+        let good = [(agent, Feed::Tokens(&[4]))];
+        let vocab = [self.vocab.max(u32::MAX - 1)];
+        let bad = [(agent, Feed::Tokens(&vocab))];
+        let empty = [(agent, Feed::Tokens(&[]))];
+        let refused: [(&str, Vec<Row<'_>>); 5] = [
+            (
+                "an id beyond the vocabulary",
+                vec![row(0, &good, &merge), row(1, &bad, &merge)],
+            ),
+            (
+                "a slot named twice",
+                vec![row(0, &good, &merge), row(0, &good, &merge)],
+            ),
+            (
+                "an empty feed",
+                vec![row(0, &good, &merge), row(1, &empty, &merge)],
+            ),
+            (
+                "an unknown slot",
+                vec![row(0, &good, &merge), row(u32::MAX - 1, &good, &merge)],
+            ),
+            ("a merge of nobody", vec![row(0, &good, &[])]),
+        ];
+        for (what, rows) in refused {
+            match self.call(&rows) {
+                Err(BackendError::Poisoned(_)) => return Ok(()),
+                Err(_) => {}
+                Ok(_) => {
+                    return Err(Violation {
+                        rule: Rule::NonsenseIsRefused,
+                        seen: format!("{what} was accepted"),
+                    });
+                }
+            }
+        }
+        let after = self.tokens(0, agent, &[4])?;
+        self.same(
+            Rule::ErrorsDoNotAdvance,
+            &next,
+            &after,
+            "a step after five refused calls",
+        )?;
+
+        self.open(2, 9)?;
+        self.tokens(2, agent, prompt)?;
+        let three = [(agent, Feed::Tokens(&[4, 4, 4]))];
+        if self.call(&[row(2, &three, &merge)]).is_ok() {
+            return Err(Violation {
+                rule: Rule::CapacityIsEnforced,
+                seen: "a lane of 9 took in 10 positions".into(),
+            });
+        }
+        let after = self.tokens(2, agent, &[4])?;
+        self.same(
+            Rule::CapacityIsEnforced,
+            &next,
+            &after,
+            "a step after a refused overflow",
+        )
+    }
+
+    fn lanes(&mut self, agent: AgentId, prompt: &[u32]) -> Result<(), Violation> {
+        let lane = |slot: u32| LaneId {
+            slot: SlotId(slot),
+            agent,
+        };
+        self.open(0, 24)?;
+        self.tokens(0, agent, prompt)?;
+        let four = self.tokens(0, agent, &[4])?;
+        let five = self.tokens(0, agent, &[5])?;
+
+        self.open(0, 24)?;
+        self.tokens(0, agent, &self.prompt(11, 3))?;
+        self.backend.close(&[SlotId(0)]);
+        self.open(0, 24)?;
+        self.tokens(0, agent, prompt)?;
+        let reopened = self.tokens(0, agent, &[4])?;
+        self.same(Rule::ReopenForgets, &four, &reopened, "a slot used before")?;
+
+        self.open(1, 24)?;
+        Self::set_up(
+            self.backend
+                .fork(lane(0), lane(1), Some(prompt.len() as u32)),
+        )?;
+        let forked = self.tokens(1, agent, &[4])?;
+        self.same(Rule::ForkCopies, &four, &forked, "the first step of a fork")?;
+        self.tokens(1, agent, &[6])?;
+        let donor = self.tokens(0, agent, &[5])?;
+        self.same(
+            Rule::ForkCopies,
+            &five,
+            &donor,
+            "the donor after the fork went its own way",
+        )?;
+
+        self.tokens(0, agent, &[6, 2])?;
+        Self::set_up(self.backend.truncate(lane(0), prompt.len() as u32 + 1))?;
+        let again = self.tokens(0, agent, &[5])?;
+        self.same(
+            Rule::TruncateForgets,
+            &five,
+            &again,
+            "a step after truncation",
+        )?;
+        if self.backend.truncate(lane(0), 23).is_ok() {
+            return Err(Violation {
+                rule: Rule::TruncateForgets,
+                seen: "a lane was truncated to more than it holds".into(),
+            });
+        }
+        Ok(())
+    }
+
+    fn scores(&mut self, agent: AgentId, prompt: &[u32]) -> Result<(), Violation> {
+        let merge = [agent];
+        let other = self.prompt(5, 8);
+        self.open(0, 24)?;
+        self.open(1, 24)?;
+        let first = [(agent, Feed::Tokens(prompt))];
+        let second = [(agent, Feed::Tokens(&other))];
+        let all: Vec<u32> = (0..self.vocab).collect();
+        let want = Want {
+            top: TOP,
+            targets: Some(&all),
+            ..Want::default()
+        };
+        let myself = Want {
+            versus: Some(SlotId(0)),
+            ..want
+        };
+        let rows = [
+            Row {
+                slot: SlotId(0),
+                feeds: &first,
+                merge: &merge,
+                want: myself,
+            },
+            Row {
+                slot: SlotId(1),
+                feeds: &second,
+                merge: &merge,
+                want: myself,
+            },
+        ];
+        let read = self.ok(&rows)?;
+        let logprobs = &read[0].read.target_logprobs;
+        let entropy: f64 = logprobs.iter().map(|l| -l.exp() * l).sum();
+        let slack = self.settings.tolerance.max(1e-5);
+        let model = self.backend.info().model_of(agent).map_or(0, |m| m.vocab);
+        if logprobs.len() != all.len()
+            || (model == self.vocab && (entropy - read[0].read.merged_entropy).abs() > slack)
+        {
+            return Err(Violation {
+                rule: Rule::TargetsAgree,
+                seen: format!(
+                    "{} log-likelihoods of entropy {entropy}, readout says {}",
+                    logprobs.len(),
+                    read[0].read.merged_entropy
+                ),
+            });
+        }
+        let wrong = |seen: String| Violation {
+            rule: Rule::VersusMeasures,
+            seen,
+        };
+        let own = read[0]
+            .versus
+            .ok_or_else(|| wrong("no divergence".into()))?;
+        let cross = read[1]
+            .versus
+            .ok_or_else(|| wrong("no divergence".into()))?;
+        if own.kl.abs() > slack || (own.cosine - 1.0).abs() > slack || cross.kl <= slack {
+            return Err(wrong(format!("own {own:?}, cross {cross:?}")));
+        }
+        Ok(())
+    }
+
+    fn own_positions(&mut self) -> Result<(), Violation> {
+        let (a, b) = (self.agents[0], self.agents[1]);
+        let short = self.prompt(3, 1);
+        let long = self.prompt(11, 4);
+        self.open(0, 24)?;
+        let alone = self.tokens(0, a, &short)?;
+        let alone_next = self.tokens(0, a, &[4])?;
+        self.open(0, 24)?;
+        let merge = [a];
+        let feeds = [(a, Feed::Tokens(&short)), (b, Feed::Tokens(&long))];
+        let both = self.ok(&[row(0, &feeds, &merge)])?.remove(0);
+        self.same(
+            Rule::OwnPositions,
+            &alone,
+            &both,
+            "a short prompt beside a long one",
+        )?;
+        let feeds = [(a, Feed::Tokens(&[4])), (b, Feed::Tokens(&[4]))];
+        let next = self.ok(&[row(0, &feeds, &merge)])?.remove(0);
+        self.same(Rule::OwnPositions, &alone_next, &next, "the step after it")?;
+
+        self.open(0, 24)?;
+        self.tokens(0, b, &long)?;
+        self.tokens(0, a, &short)?;
+        let next = self.tokens(0, a, &[4])?;
+        self.same(
+            Rule::OwnPositions,
+            &alone_next,
+            &next,
+            "the other agent fed first",
+        )
+    }
+
+    fn unfed_agents_stay(&mut self) -> Result<(), Violation> {
+        let (a, b) = (self.agents[0], self.agents[1]);
+        let prompt = self.prompt(6, 2);
+        self.open(0, 24)?;
+        self.tokens(0, a, &prompt)?;
+        let next = self.tokens(0, a, &[4])?;
+        self.open(0, 24)?;
+        self.tokens(0, a, &prompt)?;
+        self.tokens(0, b, &prompt)?;
+        self.tokens(0, b, &[2])?;
+        self.tokens(0, b, &[3])?;
+        let after = self.tokens(0, a, &[4])?;
+        self.same(
+            Rule::UnfedAgentsStay,
+            &next,
+            &after,
+            "a step after the other moved alone",
+        )
+    }
+
+    fn merge_is_obeyed(&mut self) -> Result<(), Violation> {
+        let (a, b) = (self.agents[0], self.agents[1]);
+        let prompt = self.prompt(6, 2);
+        let feeds = [(a, Feed::Tokens(&prompt)), (b, Feed::Tokens(&prompt))];
+        let mut reads = Vec::new();
+        for merge in [&[a][..], &[b], &[a, b], &[b, a]] {
+            self.open(0, 24)?;
+            reads.push(self.ok(&[row(0, &feeds, merge)])?.remove(0));
+        }
+        self.open(0, 24)?;
+        let alone = self.tokens(0, a, &prompt)?;
+        self.same(
+            Rule::MergeIsObeyed,
+            &alone,
+            &reads[0],
+            "merge [a] and a alone",
+        )?;
+        self.differ(
+            Rule::MergeIsObeyed,
+            &reads[0],
+            &reads[1],
+            "merge [a] and merge [b]",
+        )?;
+        self.differ(
+            Rule::MergeIsObeyed,
+            &reads[0],
+            &reads[2],
+            "merge [a] and merge [a, b]",
+        )?;
+        let forward = &reads[2].read.entropies;
+        let backward: Vec<f64> = reads[3].read.entropies.iter().rev().copied().collect();
+        let apart = forward
+            .iter()
+            .zip(&backward)
+            .map(|(x, y)| (x - y).abs())
+            .fold(0.0_f64, f64::max);
+        if forward.len() != 2 || apart > self.settings.tolerance {
+            return Err(Violation {
+                rule: Rule::MergeIsObeyed,
+                seen: format!("entropies {forward:?} for [a, b], {backward:?} for [b, a] reversed"),
+            });
+        }
+        Ok(())
+    }
+}

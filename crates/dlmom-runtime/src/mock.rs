@@ -1,0 +1,358 @@
+//! A backend without a model: logits are a fixed function of what a lane was fed, or a script.
+
+use std::collections::BTreeMap;
+
+use dlmom_core::ConsensusSpec;
+use dlmom_packet::BeliefPacket;
+
+use crate::assemble::{Assembler, check_rows};
+use crate::backend::{
+    Backend, BackendError, EnsembleInfo, Feed, LaneSpec, MemoryStats, ModelInfo, Payload,
+    PromptSource, Readout, Row,
+};
+use crate::ids::{AgentId, LaneId, ModelId, SlotId};
+
+/// One position of a lane: the entries of the packet it took in.
+pub type Position = Vec<(u32, f32)>;
+
+/// Computes the logits `[vocab]` that follow a lane's positions.
+pub type Script = dyn Fn(LaneId, &[Position], &mut [f32]) + Send;
+
+struct Lane {
+    positions: Vec<Position>,
+    max_len: u32,
+}
+
+/// The reference implementation of [`Backend`]: exact, small, without any model.
+pub struct MockBackend {
+    info: EnsembleInfo,
+    lanes: BTreeMap<LaneId, Lane>,
+    script: Box<Script>,
+    assembler: Assembler,
+    /// Calls to `advance` that still succeed before one fails; `None` never fails.
+    fail_after: Option<u64>,
+}
+
+/// Positions that the hashed mock's logits look back on.
+const MEMORY: usize = 6;
+
+impl MockBackend {
+    /// Agents of one vocabulary whose logits are a fixed smooth function of the last positions a
+    /// lane took in: which agent, which ids with which probabilities, at which position.
+    ///
+    /// Token id 0 ends an answer; id `v` prints as the byte `b'a' + v % 26`.
+    #[must_use]
+    pub fn hashed(agents: usize, vocab: u32, slots: u32, max_len: u32) -> Self {
+        Self::scripted(agents, vocab, slots, max_len, Box::new(hashed_logits))
+    }
+
+    /// Agents whose logits come from `script`.
+    #[must_use]
+    pub fn scripted(
+        agents: usize,
+        vocab: u32,
+        slots: u32,
+        max_len: u32,
+        script: Box<Script>,
+    ) -> Self {
+        let models = (0..agents)
+            .map(|index| ModelInfo {
+                name: format!("mock-{index}"),
+                source: "mock".into(),
+                architecture: "Mock".into(),
+                vocab,
+                rows: vocab,
+                hidden: 1,
+                fingerprint: u64::from(vocab),
+                token_bytes: (0..vocab).map(|v| vec![b'a' + (v % 26) as u8]).collect(),
+                eos: vec![0],
+                dtype: "fp32".into(),
+                path: "mock".into(),
+                ..ModelInfo::default()
+            })
+            .collect();
+        Self {
+            info: EnsembleInfo {
+                models,
+                agents: (0..agents as u32).map(ModelId).collect(),
+                slots,
+                max_len,
+                device: "mock".into(),
+                threads: 1,
+                bit_invariant: true,
+                bit_invariance_reason: "rows are computed one by one".into(),
+            },
+            lanes: BTreeMap::new(),
+            script,
+            assembler: Assembler::default(),
+            fail_after: None,
+        }
+    }
+
+    /// Lets `calls` further calls of `advance` succeed and the next ones fail without advancing.
+    pub fn fail_after(&mut self, calls: Option<u64>) {
+        self.fail_after = calls;
+    }
+
+    /// The facts, for tests that need others.
+    pub fn info_mut(&mut self) -> &mut EnsembleInfo {
+        &mut self.info
+    }
+
+    fn positions_of(feed: &Feed<'_>) -> Result<Vec<Position>, BackendError> {
+        let entries = |packet: &BeliefPacket| {
+            packet
+                .ids()
+                .iter()
+                .copied()
+                .zip(packet.probs().iter().copied())
+                .collect()
+        };
+        match feed {
+            Feed::Tokens(ids) => Ok(ids.iter().map(|&id| vec![(id, 1.0)]).collect()),
+            Feed::Packets(packets) => Ok(packets.iter().map(entries).collect()),
+            Feed::Payload(Payload::Dense { probs, vocab }) => Ok(probs
+                .chunks_exact((*vocab).max(1) as usize)
+                .map(|row| {
+                    row.iter()
+                        .enumerate()
+                        .map(|(id, &p)| (id as u32, p))
+                        .collect()
+                })
+                .collect()),
+            Feed::Payload(Payload::Embed { .. }) | Feed::Hidden { .. } => Err(
+                BackendError::Unsupported("the mock has no embeddings or hidden states".into()),
+            ),
+        }
+    }
+}
+
+fn mix(mut x: u64) -> u64 {
+    x ^= x >> 33;
+    x = x.wrapping_mul(0xff51_afd7_ed55_8ccd);
+    x ^= x >> 33;
+    x = x.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    x ^ (x >> 33)
+}
+
+fn hashed_logits(lane: LaneId, positions: &[Position], out: &mut [f32]) {
+    for (v, z) in out.iter_mut().enumerate() {
+        let mut sum = 0.0_f64;
+        for (back, position) in positions.iter().rev().take(MEMORY).enumerate() {
+            let at = positions.len() - back;
+            for &(id, p) in position {
+                let seed = (u64::from(lane.agent.0) << 48)
+                    ^ ((at as u64) << 32)
+                    ^ (u64::from(id) << 16)
+                    ^ v as u64;
+                let unit = mix(seed) as f64 / u64::MAX as f64 - 0.5;
+                sum += f64::from(p) * unit * 0.8_f64.powf(back as f64);
+            }
+        }
+        *z = (6.0 * sum) as f32;
+    }
+}
+
+impl Backend for MockBackend {
+    fn info(&self) -> &EnsembleInfo {
+        &self.info
+    }
+
+    fn encode(&mut self, model: ModelId, source: &PromptSource) -> Result<Vec<u32>, BackendError> {
+        let vocab = self
+            .info
+            .models
+            .get(model.index())
+            .ok_or_else(|| BackendError::Invalid(format!("unknown model {model}")))?
+            .vocab;
+        let ids: Vec<u32> = match source {
+            PromptSource::Chat { messages } => messages
+                .iter()
+                .flat_map(|m| m.content.bytes())
+                .map(|b| 1 + u32::from(b) % (vocab - 1))
+                .collect(),
+            PromptSource::Text { text } => text
+                .bytes()
+                .map(|b| 1 + u32::from(b) % (vocab - 1))
+                .collect(),
+            PromptSource::Tokens { ids } => ids.clone(),
+        };
+        if ids.is_empty() {
+            return Err(BackendError::Invalid("empty prompt".into()));
+        }
+        if let Some(bad) = ids.iter().find(|&&id| id >= vocab) {
+            return Err(BackendError::Invalid(format!(
+                "token id {bad} is beyond the vocabulary of {vocab}"
+            )));
+        }
+        Ok(ids)
+    }
+
+    fn reserve(&mut self, slots: u32, max_len: u32) -> Result<(), BackendError> {
+        self.lanes.clear();
+        self.info.slots = slots;
+        self.info.max_len = max_len;
+        Ok(())
+    }
+
+    fn open(&mut self, lanes: &[LaneSpec]) -> Result<(), BackendError> {
+        for spec in lanes {
+            let lane = spec.lane;
+            if lane.slot.0 >= self.info.slots || lane.agent.index() >= self.info.agents.len() {
+                return Err(BackendError::Invalid(format!("{lane} does not exist")));
+            }
+            if spec.max_len > self.info.max_len {
+                return Err(BackendError::Capacity {
+                    lane,
+                    wanted: spec.max_len,
+                    limit: self.info.max_len,
+                });
+            }
+        }
+        for spec in lanes {
+            self.lanes.insert(
+                spec.lane,
+                Lane {
+                    positions: Vec::new(),
+                    max_len: spec.max_len,
+                },
+            );
+        }
+        Ok(())
+    }
+
+    fn advance(
+        &mut self,
+        rows: &[Row<'_>],
+        consensus: &ConsensusSpec,
+        out: &mut Readout,
+    ) -> Result<(), BackendError> {
+        check_rows(&self.info, rows)?;
+        if let Some(left) = &mut self.fail_after {
+            if *left == 0 {
+                return Err(BackendError::Failed {
+                    context: "mock".into(),
+                    source: "scripted failure".into(),
+                });
+            }
+            *left -= 1;
+        }
+        let mut taken = Vec::new();
+        for row in rows {
+            for (agent, feed) in row.feeds {
+                let lane = LaneId {
+                    slot: row.slot,
+                    agent: *agent,
+                };
+                let positions = Self::positions_of(feed)?;
+                let held = self
+                    .lanes
+                    .get(&lane)
+                    .ok_or_else(|| BackendError::Invalid(format!("{lane} is not open")))?;
+                let wanted = (held.positions.len() + positions.len()) as u32;
+                if wanted > held.max_len {
+                    return Err(BackendError::Capacity {
+                        lane,
+                        wanted,
+                        limit: held.max_len,
+                    });
+                }
+                taken.push((lane, held.positions.len(), positions));
+            }
+        }
+        let mut logits: BTreeMap<LaneId, Vec<f32>> = BTreeMap::new();
+        let mut before = Vec::with_capacity(taken.len());
+        for (lane, length, positions) in taken {
+            let vocab = self.info.model_of(lane.agent).map_or(0, |m| m.vocab);
+            if let Some(held) = self.lanes.get_mut(&lane) {
+                held.positions.extend(positions);
+                let mut z = vec![0.0; vocab as usize];
+                (self.script)(lane, &held.positions, &mut z);
+                logits.insert(lane, z);
+                before.push((lane, length));
+            }
+        }
+        let find = |row: usize, agent: AgentId| {
+            logits
+                .get(&LaneId {
+                    slot: rows[row].slot,
+                    agent,
+                })
+                .map(Vec::as_slice)
+        };
+        let result = self
+            .assembler
+            .assemble(&self.info, rows, consensus, &find, out);
+        if result.is_err() {
+            for (lane, length) in before {
+                if let Some(held) = self.lanes.get_mut(&lane) {
+                    held.positions.truncate(length);
+                }
+            }
+        }
+        result
+    }
+
+    fn fork(&mut self, from: LaneId, to: LaneId, upto: Option<u32>) -> Result<(), BackendError> {
+        let missing = |lane| BackendError::Invalid(format!("{lane} is not open"));
+        if self.info.agents.get(from.agent.index()) != self.info.agents.get(to.agent.index()) {
+            return Err(BackendError::Invalid(format!(
+                "{from} and {to} are of different models"
+            )));
+        }
+        let donor = self.lanes.get(&from).ok_or_else(|| missing(from))?;
+        let length = upto.unwrap_or(donor.positions.len() as u32);
+        let prefix = donor
+            .positions
+            .get(..length as usize)
+            .ok_or_else(|| {
+                BackendError::Invalid(format!(
+                    "{from} holds {} positions, not {length}",
+                    donor.positions.len()
+                ))
+            })?
+            .to_vec();
+        let target = self.lanes.get_mut(&to).ok_or_else(|| missing(to))?;
+        if length > target.max_len {
+            return Err(BackendError::Capacity {
+                lane: to,
+                wanted: length,
+                limit: target.max_len,
+            });
+        }
+        target.positions = prefix;
+        Ok(())
+    }
+
+    fn truncate(&mut self, lane: LaneId, len: u32) -> Result<(), BackendError> {
+        let held = self
+            .lanes
+            .get_mut(&lane)
+            .ok_or_else(|| BackendError::Invalid(format!("{lane} is not open")))?;
+        if len as usize > held.positions.len() {
+            return Err(BackendError::Invalid(format!(
+                "{lane} holds {} positions, not {len}",
+                held.positions.len()
+            )));
+        }
+        held.positions.truncate(len as usize);
+        Ok(())
+    }
+
+    fn close(&mut self, slots: &[SlotId]) {
+        self.lanes.retain(|lane, _| !slots.contains(&lane.slot));
+    }
+
+    fn memory(&self) -> MemoryStats {
+        let entries: usize = self
+            .lanes
+            .values()
+            .flat_map(|l| &l.positions)
+            .map(|p| p.len() * 8)
+            .sum();
+        MemoryStats {
+            kv_bytes: entries as u64,
+            ..MemoryStats::default()
+        }
+    }
+}
