@@ -51,37 +51,55 @@ impl Consensus for ConsensusSpec {
                 }
             }
             Self::Ties { theta, eps } => {
-                for (j, merged) in out.iter_mut().enumerate() {
-                    *merged = ties(centred.iter().map(|row| row[j]), theta, eps);
+                for (index, block) in out.chunks_mut(BLOCK).enumerate() {
+                    let (start, len) = (index * BLOCK, block.len());
+                    let rows = centred.iter().map(|row| &row[start..start + len]);
+                    ties(rows, theta, f64::from(eps), block);
                 }
             }
         }
     }
 }
 
-/// Trim, elect, merge on one coordinate.
+/// Coordinates merged at a time, so that the votes stay in registers and the nearest cache.
+const BLOCK: usize = 256;
+
+/// Trim, elect, merge on at most [`BLOCK`] coordinates.
 ///
-/// The count of agreeing experts is at least 1 wherever a sign is elected, and without an elected
-/// sign only zeros agree, so the sketch's clamp needs no branch of its own.
-fn ties(values: impl Iterator<Item = f32>, theta: f32, eps: f32) -> f32 {
-    let (mut above, mut below) = (0_u32, 0_u32);
-    let (mut sum_above, mut sum_below) = (0.0_f64, 0.0_f64);
-    for v in values {
-        if v.abs() < theta {
-            continue;
-        }
-        if v > 0.0 {
-            above += 1;
-            sum_above += f64::from(v);
-        } else if v < 0.0 {
-            below += 1;
-            sum_below += f64::from(v);
+/// Free of branches on the values, since signs are hard to predict. Without an elected sign only
+/// zeros agree, so the sketch's sum is 0 there.
+fn ties<'a>(rows: impl Iterator<Item = &'a [f32]>, theta: f32, eps: f64, out: &mut [f32]) {
+    /// Counts and sums of the entries above and below 0.
+    #[derive(Clone, Copy, Default)]
+    struct Votes {
+        above: f64,
+        below: f64,
+        sum_above: f64,
+        sum_below: f64,
+    }
+    let mut votes = [Votes::default(); BLOCK];
+    for row in rows {
+        for (votes, &v) in votes.iter_mut().zip(row) {
+            let kept = if v.abs() < theta { 0.0 } else { f64::from(v) };
+            votes.above += f64::from(u8::from(kept > 0.0));
+            votes.below += f64::from(u8::from(kept < 0.0));
+            votes.sum_above += if kept > 0.0 { kept } else { 0.0 };
+            votes.sum_below += if kept < 0.0 { kept } else { 0.0 };
         }
     }
-    let eps = f64::from(eps);
-    match above.cmp(&below) {
-        std::cmp::Ordering::Greater => (sum_above / (f64::from(above) + eps)) as f32,
-        std::cmp::Ordering::Less => (sum_below / (f64::from(below) + eps)) as f32,
-        std::cmp::Ordering::Equal => 0.0,
+    for (merged, votes) in out.iter_mut().zip(&votes) {
+        let Votes {
+            above,
+            below,
+            sum_above,
+            sum_below,
+        } = *votes;
+        let (sum, count) = if above > below {
+            (sum_above, above)
+        } else {
+            (sum_below, below)
+        };
+        let agreed = sum / (count.max(1.0) + eps);
+        *merged = if above == below { 0.0 } else { agreed as f32 };
     }
 }

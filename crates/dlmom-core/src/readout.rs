@@ -5,6 +5,7 @@
 
 use crate::consensus::Consensus;
 use crate::entropy::{Stats, at_least_zero, stats};
+use crate::exp::exp_nonpositive;
 use crate::sampling::{Draw, draw_with};
 use crate::topk::{by_value_then_id, top_k};
 
@@ -120,7 +121,7 @@ pub fn read_row(
 
     out.entropies.extend(expert_stats.iter().map(|s| s.entropy));
     out.merged_entropy = merged_stats.entropy;
-    let probability = |z: f32, s: &Stats| (f64::from(z) - s.log_z).exp();
+    let probability = |z: f32, s: &Stats| exp_nonpositive(f64::from(z) - s.log_z);
 
     top_k(merged, request.top, top);
     let mass: f64 = top
@@ -228,7 +229,7 @@ pub fn compare_rows(a: &[f32], b: &[f32]) -> Divergence {
     for (&x, &y) in a.iter().zip(b) {
         let (x, y) = (f64::from(x), f64::from(y));
         let log_p = x - sa.log_z;
-        kl += log_p.exp() * (log_p - (y - sb.log_z));
+        kl += exp_nonpositive(log_p) * (log_p - (y - sb.log_z));
         let (u, v) = (x - sa.mean, y - sb.mean);
         dot += u * v;
         norm_a += u * u;

@@ -1,6 +1,7 @@
 //! Drawing an explicit token from the full merged distribution.
 
-use crate::entropy::BLOCK;
+use crate::entropy::partition;
+use crate::exp::exp_nonpositive;
 use crate::spec::SamplingSpec;
 use crate::stream::{Purpose, Stream};
 use crate::topk::top_k;
@@ -47,7 +48,7 @@ pub(crate) fn draw_with(logits: &[f32], draw: &Draw, top: &mut Vec<(u32, f32)>) 
     }
     let max = f64::from(max);
     // Dividing after the shift keeps the best token at weight 1 for any temperature.
-    let weight = |z: f32| libm::exp((f64::from(z) - max) / temperature);
+    let weight = |z: f32| exp_nonpositive((f64::from(z) - max) / temperature);
     let vocab = logits.len();
     let limit = if keep == 0 {
         vocab
@@ -55,12 +56,8 @@ pub(crate) fn draw_with(logits: &[f32], draw: &Draw, top: &mut Vec<(u32, f32)>) 
         vocab.min(keep as usize)
     };
     let unfiltered = limit == vocab && top_p >= 1.0 && min_p <= 0.0;
-    let whole = (limit == vocab && (unfiltered || top_p < 1.0)).then(|| {
-        logits
-            .chunks(BLOCK)
-            .map(|block| block.iter().map(|&z| weight(z)).sum::<f64>())
-            .sum::<f64>()
-    });
+    let whole = (limit == vocab && (unfiltered || top_p < 1.0))
+        .then(|| partition(logits, max, temperature).0);
     let uniform = draw.stream.uniform(0, Purpose::Token, 0);
 
     let mut length = if limit < vocab {

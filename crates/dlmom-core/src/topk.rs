@@ -19,53 +19,32 @@ pub(crate) fn by_value_then_id(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
 ///
 /// `out` is cleared and refilled with `min(k, values.len())` pairs. `-0` and `0` are equal,
 /// infinities are ordinary values, NaN ranks below `-inf`. The result depends on the values alone.
-/// O(V log k) at worst and near O(V) when `k` is much smaller than V. Positions beyond `u32::MAX`
-/// are not representable and are ignored.
+/// O(V + k log k) on average. Positions beyond `u32::MAX` are not representable and are ignored.
 pub fn top_k(values: &[f32], k: usize, out: &mut Vec<(u32, f32)>) {
     out.clear();
     let k = k.min(values.len());
     if k == 0 {
         return;
     }
-    out.reserve(k);
-    let mut entries = (0_u32..=u32::MAX).zip(values.iter().copied());
-    out.extend(entries.by_ref().take(k));
-    if k < values.len() {
-        for root in (0..k / 2).rev() {
-            sift_down(out, root);
+    // Candidates gather up to twice k, then only the best k stay and set the bar for the rest.
+    let room = k.saturating_mul(2).min(values.len());
+    out.reserve(room);
+    let mut bar = None;
+    for (id, &value) in (0..=u32::MAX).zip(values) {
+        // Ids arrive in ascending order, so a value equal to the bar comes after it.
+        if bar.is_some_and(|bar: f32| !(value > bar || (bar.is_nan() && !value.is_nan()))) {
+            continue;
         }
-        let mut worst = out[0].1;
-        for (id, value) in entries {
-            // Ids arrive in ascending order, so an equal value never displaces an earlier one.
-            if value > worst || (worst.is_nan() && !value.is_nan()) {
-                out[0] = (id, value);
-                sift_down(out, 0);
-                worst = out[0].1;
-            }
+        out.push((id, value));
+        if out.len() == room && k < room {
+            out.select_nth_unstable_by(k - 1, by_value_then_id);
+            out.truncate(k);
+            bar = Some(out[k - 1].1);
         }
+    }
+    if out.len() > k {
+        out.select_nth_unstable_by(k - 1, by_value_then_id);
+        out.truncate(k);
     }
     out.sort_unstable_by(by_value_then_id);
-}
-
-/// Restores the heap whose root is the entry that comes last in the order.
-fn sift_down(heap: &mut [(u32, f32)], mut at: usize) {
-    loop {
-        let left = 2 * at + 1;
-        if left >= heap.len() {
-            return;
-        }
-        let right = left + 1;
-        let child = if right < heap.len()
-            && by_value_then_id(&heap[right], &heap[left]) == Ordering::Greater
-        {
-            right
-        } else {
-            left
-        };
-        if by_value_then_id(&heap[child], &heap[at]) != Ordering::Greater {
-            return;
-        }
-        heap.swap(at, child);
-        at = child;
-    }
 }

@@ -1,0 +1,216 @@
+//! The one clap tree: console script, `python -m dlmom_rs` and the Python-free binary share it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dlmom_core::AlphaUnit;
+
+/// Deep-Latent Mixture of Models: frozen language models that reason together in latent space.
+#[derive(Debug, Parser)]
+#[command(name = "dlmom-rs", version, arg_required_else_help = true, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run ablation suites over a benchmark and record every sample.
+    Run(Box<RunArgs>),
+    /// Fold the raw files of one or more runs into tables (CSV, LaTeX).
+    Aggregate(AggregateArgs),
+    /// Draw the figures of a run from its raw files.
+    Plot(PlotArgs),
+}
+
+/// Where the forwards run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// The first of cuda (or hip), mps, cpu that is there.
+    Auto,
+    /// The processor.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// An AMD GPU: torch's cuda device on a ROCm build.
+    Hip,
+    /// An Apple GPU.
+    Mps,
+}
+
+/// Storage type of weights and KV caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// bfloat16.
+    Bf16,
+    /// float16.
+    Fp16,
+    /// float32.
+    Fp32,
+}
+
+/// How progress is shown, on standard error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DisplayKind {
+    /// A live panel; plain lines where standard error is no terminal.
+    Rich,
+    /// A line every few seconds and one per finished cell.
+    Plain,
+    /// One JSON object a line.
+    Log,
+    /// Nothing but errors.
+    None,
+}
+
+/// Order in which items are worked on; no output depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Order {
+    /// As in the file.
+    Given,
+    /// Last item first.
+    Reversed,
+}
+
+/// Rows of the running batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchSize {
+    /// Probe once for the best throughput.
+    Auto,
+    /// Exactly this many.
+    Rows(u32),
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Suites to run, in the order baselines, REF, A1, A2, A3, A4.
+    #[arg(long, num_args = 1.., required_unless_present = "only", value_name = "SUITE")]
+    pub suite: Vec<String>,
+    /// Only these cells of the suites (REF always runs).
+    #[arg(long, num_args = 1.., value_name = "ID")]
+    pub only: Vec<String>,
+    /// Suites file instead of the built-in one.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Experts of a lockstep ensemble: local paths, hub ids or zoo:NAME.
+    #[arg(long, num_args = 1.., value_name = "MODEL", required_unless_present = "model", conflicts_with = "model")]
+    pub experts: Vec<String>,
+    /// A single model: local path, hub id or zoo:NAME.
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<String>,
+    /// Benchmark: tinygsm, or gsm8k:PATH for a JSONL file in GSM8K's schema.
+    #[arg(long, value_name = "BENCH")]
+    pub bench: String,
+    /// Run folder.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Continue the run in --out: skip what is done, repair a torn last line.
+    #[arg(long)]
+    pub resume: bool,
+    /// Where the forwards run.
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    /// Storage type of weights and KV caches.
+    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
+    pub dtype: Dtype,
+    /// Run seeds; cells in which nothing is drawn run once, with the first.
+    #[arg(long, num_args = 1.., default_values_t = [0], value_name = "SEED")]
+    pub seeds: Vec<u64>,
+    /// Most latent and explicit steps of a sample together.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub max_steps: u32,
+    /// Most latent steps of a sample.
+    #[arg(long, value_name = "N")]
+    pub max_latent_steps: Option<u32>,
+    /// Most handoffs between agents (sequential topology, not built yet).
+    #[arg(long, value_name = "N")]
+    pub max_handoffs: Option<u32>,
+    /// Cap on mode switches for cells that name none; -1 is unlimited.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub max_switches: Option<i64>,
+    /// Rows of the running batch, or auto to probe once.
+    #[arg(long, default_value = "32", value_name = "N|auto", value_parser = batch_size)]
+    pub batch_size: BatchSize,
+    /// Only the first N items.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Only N items spread evenly over the benchmark.
+    #[arg(long, value_name = "N", conflicts_with = "limit")]
+    pub pilot: Option<usize>,
+    /// Order in which items are worked on.
+    #[arg(long, value_enum, default_value_t = Order::Given)]
+    pub order: Order,
+    /// Entropy threshold for every cell that names none.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub alpha: Option<f64>,
+    /// Unit of alpha.
+    #[arg(long, value_parser = alpha_unit, value_name = "normalized|nats")]
+    pub alpha_unit: Option<AlphaUnit>,
+    /// Say what would run, and stop.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Demand bit-equal rows whatever the batch on a device (on a CPU that is the default).
+    #[arg(long, conflicts_with = "fast")]
+    pub deterministic: bool,
+    /// Give up bit-equal rows for speed.
+    #[arg(long)]
+    pub fast: bool,
+    /// How progress is shown [default: rich on a terminal, else plain].
+    #[arg(long, value_enum)]
+    pub display: Option<DisplayKind>,
+    /// Threads of one forward [default: physical cores].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<u32>,
+    /// Items per cell whose steps are recorded in traces/.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub traces: usize,
+    /// Attention implementation [default: sdpa where the model allows it].
+    #[arg(long, value_parser = ["sdpa", "eager"], value_name = "sdpa|eager")]
+    pub attention: Option<String>,
+    /// Allow a model folder to run its own Python code.
+    #[arg(long)]
+    pub trust_remote_code: bool,
+}
+
+/// Arguments of `aggregate`.
+#[derive(Debug, Args)]
+pub struct AggregateArgs {
+    /// Run folders.
+    #[arg(required = true, value_name = "RUN")]
+    pub runs: Vec<PathBuf>,
+    /// Folder of aggregate.csv, aggregate_wide.csv and aggregate.tex [default: the first run].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+/// Arguments of `plot`.
+#[derive(Debug, Args)]
+pub struct PlotArgs {
+    /// Run folder.
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// Folder of the figures [default: RUN/figs].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+fn batch_size(text: &str) -> Result<BatchSize, String> {
+    if text == "auto" {
+        return Ok(BatchSize::Auto);
+    }
+    match text.parse::<u32>() {
+        Ok(rows @ 1..=4096) => Ok(BatchSize::Rows(rows)),
+        _ => Err("give auto or a number from 1 to 4096".into()),
+    }
+}
+
+fn alpha_unit(text: &str) -> Result<AlphaUnit, String> {
+    match text {
+        "normalized" => Ok(AlphaUnit::Normalized),
+        "nats" => Ok(AlphaUnit::Nats),
+        "quantile" => Err("quantile is not built yet; give normalized or nats".into()),
+        _ => Err("give normalized or nats".into()),
+    }
+}

@@ -1,0 +1,342 @@
+//! `run`: every cell of the plan, in order, each sample recorded as it finishes.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use dlmom_eval::Item;
+use dlmom_runs::{
+    CellKind, Experiment, JsonlWriter, Plan, RawRow, RawWriter, Repair, RowContext,
+    RunDir, Summary, TraceLine, summarize,
+};
+use dlmom_runs::fold::{CellRows, read_cell};
+use dlmom_runtime::{
+    EnsembleInfo, Job, JobKey, MemoryStats, Outcome, Progress, RunOptions, RunStats,
+    Sink, run,
+};
+use serde_json::json;
+
+use crate::args::{DisplayKind, RunArgs};
+use crate::display::{CellProgress, CellStart, Display, Log, Plain, Silent};
+use crate::host::Host;
+use crate::prepare::{Prepared, Selection, now, prepare, seeds_of, select};
+use crate::report;
+use crate::status::{CliError, ExitStatus};
+
+/// Time between two plain progress lines.
+const PLAIN_EVERY: Duration = Duration::from_secs(5);
+
+/// Runs the suites named in `args`.
+pub(crate) fn command(
+    args: &RunArgs,
+    argv: &[String],
+    host: &mut dyn Host,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> Result<ExitStatus, CliError> {
+    let selection = select(args, host)?;
+    if args.dry_run {
+        report::dry_run(out, &selection, args)?;
+        return Ok(ExitStatus::Success);
+    }
+    let mut prepared = prepare(args, argv, selection, host, err)?;
+    let mut display = display(args, host);
+    let ended = cells(args, &mut prepared, host, &mut *display);
+    display.stop();
+    if let Err(error) = ended {
+        if matches!(error, CliError::Interrupted) {
+            writeln!(err, "interrupted; continue with: {}", resume_command(argv))?;
+        } else {
+            writeln!(err, "stopped; what was finished is kept, continue with: {}", resume_command(argv))?;
+        }
+        return Err(error);
+    }
+    let Prepared { plan, dir, .. } = &mut prepared;
+    let summaries = summarize_all(plan, dir)?;
+    let finished = now();
+    dir.update_manifest(|manifest| {
+        if let Some(invocation) = manifest.invocations.last_mut() {
+            invocation.finished_at = Some(finished);
+        }
+    })?;
+    report::finished(out, plan, &summaries, dir)?;
+    Ok(ExitStatus::Success)
+}
+
+fn display(args: &RunArgs, host: &mut dyn Host) -> Box<dyn Display> {
+    let plain = || Box::new(Plain::new(std::io::stderr(), PLAIN_EVERY)) as Box<dyn Display>;
+    match args.display {
+        Some(DisplayKind::None) => Box::new(Silent),
+        Some(DisplayKind::Log) => Box::new(Log(std::io::stderr())),
+        Some(DisplayKind::Plain) => plain(),
+        Some(DisplayKind::Rich) | None if host.terminal() => host.rich().unwrap_or_else(plain),
+        Some(DisplayKind::Rich) | None => plain(),
+    }
+}
+
+/// The command that continues the run.
+fn resume_command(argv: &[String]) -> String {
+    let mut words: Vec<String> = std::iter::once("dlmom-rs".to_owned())
+        .chain(argv.iter().skip(1).map(|word| quote(word)))
+        .collect();
+    if !argv.iter().any(|word| word == "--resume") {
+        words.push("--resume".into());
+    }
+    words.join(" ")
+}
+
+fn quote(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
+fn cells(
+    args: &RunArgs,
+    prepared: &mut Prepared,
+    host: &mut dyn Host,
+    display: &mut dyn Display,
+) -> Result<(), CliError> {
+    let running: Vec<Experiment> = prepared.plan.runs().cloned().collect();
+    for (index, experiment) in running.iter().enumerate() {
+        let place = (index + 1, running.len());
+        let stats = cell(args, prepared, experiment, place, host, display)?;
+        if let Some(stats) = stats {
+            let slots = prepared.rows;
+            prepared.dir.update_manifest(|manifest| {
+                if !manifest.notes.is_object() {
+                    manifest.notes = json!({});
+                }
+                manifest.notes["timings"][&experiment.id] = json!({
+                    "samples": stats.samples,
+                    "steps": stats.steps,
+                    "occupancy": occupancy(&stats, slots),
+                    "backend_s": stats.backend_s,
+                    "wall_s": stats.wall_s,
+                });
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn occupancy(stats: &RunStats, slots: u32) -> f64 {
+    let offered = stats.steps * u64::from(slots.max(1));
+    if offered == 0 { 0.0 } else { stats.rows as f64 / offered as f64 }
+}
+
+/// Runs what is left of one cell; `None` if nothing was.
+fn cell(
+    args: &RunArgs,
+    prepared: &mut Prepared,
+    experiment: &Experiment,
+    place: (usize, usize),
+    host: &mut dyn Host,
+    display: &mut dyn Display,
+) -> Result<Option<RunStats>, CliError> {
+    let config = experiment.loop_config()?;
+    let config_hash = prepared
+        .dir
+        .manifest()
+        .cells
+        .iter()
+        .find(|c| c.id == experiment.id)
+        .map(|c| c.config_hash.clone())
+        .unwrap_or_default();
+    let (writer, repair) = prepared.dir.raw_writer(&experiment.id, &config_hash)?;
+    if let Repair::Torn { bytes, aside } = &repair {
+        display.line(&format!(
+            "{}: {bytes} bytes of a torn last line moved to {}",
+            experiment.id,
+            aside.display()
+        ));
+    }
+    let seeds = seeds_of(experiment, &args.seeds);
+    let keys = seeds.iter().flat_map(|&seed| {
+        prepared
+            .items
+            .iter()
+            .map(move |item| JobKey { item_id: item.id.clone(), seed, sample: 0 })
+    });
+    let (done, todo): (Vec<JobKey>, Vec<JobKey>) = keys.partition(|key| writer.is_done(key));
+    let total = (done.len() + todo.len()) as u64;
+    display.start(&CellStart {
+        id: experiment.id.clone(),
+        index: place.0,
+        cells: place.1,
+        total,
+        done: done.len() as u64,
+    });
+    let items: HashMap<&str, &Item> = prepared.items.iter().map(|i| (i.id.as_str(), i)).collect();
+    let traced: Vec<&str> =
+        prepared.items.iter().take(args.traces).map(|i| i.id.as_str()).collect();
+    let agents = prepared.backend.info().agents.len();
+    let first_seed = seeds[0];
+    let bench = prepared.bench.clone();
+    let mut jobs = todo.iter().filter_map(|key| {
+        let item = items.get(key.item_id.as_str())?;
+        Some(Job {
+            key: key.clone(),
+            prompts: vec![bench.prompt(item); agents],
+            trace: key.seed == first_seed && traced.contains(&key.item_id.as_str()),
+        })
+    });
+    let traces = prepared.dir.trace_writer(&experiment.id)?;
+    let mut sink = Recorder {
+        experiment,
+        config_hash: &config_hash,
+        bench: prepared.bench.name(),
+        items: &items,
+        writer,
+        traces,
+        rows: prepared.rows,
+        host,
+        display,
+        started: Instant::now(),
+        progress: CellProgress {
+            id: experiment.id.clone(),
+            done: done.len() as u64,
+            total,
+            session: 0,
+            correct: 0,
+            failures: 0,
+            coverage: 0.0,
+            active: 0,
+            rate: 0.0,
+            eta_s: None,
+        },
+        steps: (0, 0),
+    };
+    let stats = if todo.is_empty() {
+        None
+    } else {
+        let options = RunOptions { rows: Some(prepared.rows), ..RunOptions::default() };
+        Some(run(&mut *prepared.backend, &config, &options, &mut jobs, &mut sink)?)
+    };
+    sink.writer.sync()?;
+    let progress = sink.progress.clone();
+    display.finish(&progress);
+    if let Some(summary) = summary_of(&prepared.dir, &experiment.id)? {
+        prepared.dir.write_summary(&summary)?;
+    }
+    Ok(stats)
+}
+
+struct Recorder<'a> {
+    experiment: &'a Experiment,
+    config_hash: &'a str,
+    bench: &'a str,
+    items: &'a HashMap<&'a str, &'a Item>,
+    writer: RawWriter,
+    traces: JsonlWriter,
+    rows: u32,
+    host: &'a mut dyn Host,
+    display: &'a mut dyn Display,
+    started: Instant,
+    progress: CellProgress,
+    /// Latent steps and all steps so far.
+    steps: (u64, u64),
+}
+
+impl Sink for Recorder<'_> {
+    fn finished(
+        &mut self,
+        outcome: Outcome,
+        _: &EnsembleInfo,
+        memory: MemoryStats,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let item = self
+            .items
+            .get(outcome.key.item_id.as_str())
+            .ok_or_else(|| format!("no item {}", outcome.key.item_id))?;
+        let context = RowContext {
+            experiment: self.experiment,
+            config_hash: self.config_hash,
+            bench: self.bench,
+            batch_size: self.rows,
+            memory,
+        };
+        let row = RawRow::new(&context, &outcome, item)?;
+        // The trace goes first: a sample counts as done once its row is there.
+        if let Some(trace) = outcome.trace {
+            self.traces.append(&TraceLine {
+                experiment: self.experiment.id.clone(),
+                key: outcome.key,
+                trace,
+            })?;
+        }
+        self.writer.append(&row)?;
+        self.steps.0 += u64::from(row.latent_steps);
+        self.steps.1 += u64::from(row.total_steps);
+        let progress = &mut self.progress;
+        progress.done += 1;
+        progress.session += 1;
+        progress.correct += u64::from(row.correct);
+        progress.failures += u64::from(row.failure.is_some());
+        progress.coverage =
+            if self.steps.1 == 0 { 0.0 } else { self.steps.0 as f64 / self.steps.1 as f64 };
+        progress.rate = progress.session as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
+        progress.eta_s = Some((progress.total - progress.done) as f64 / progress.rate);
+        Ok(())
+    }
+
+    fn progress(&mut self, progress: &Progress) {
+        self.progress.active = progress.active;
+        self.display.update(&self.progress);
+    }
+
+    fn poll(&mut self) -> ControlFlow<()> {
+        self.host.poll()
+    }
+}
+
+fn rows_of(dir: &RunDir, id: &str) -> Result<Option<CellRows>, CliError> {
+    let path = dir.raw_path(id);
+    if !path.exists() {
+        return Ok(None);
+    }
+    read_cell(&path).map(Some).map_err(|e| CliError::Usage(e.to_string()))
+}
+
+fn summary_of(dir: &RunDir, id: &str) -> Result<Option<Summary>, CliError> {
+    let Some(rows) = rows_of(dir, id)? else { return Ok(None) };
+    let reference = if id == dlmom_runs::REF { None } else { rows_of(dir, dlmom_runs::REF)? };
+    Ok(summarize(&rows, reference.as_ref(), dir.manifest().ln_vocab))
+}
+
+/// The summaries of every cell that has rows, aliases under their own name, written and returned by id.
+fn summarize_all(plan: &Plan, dir: &RunDir) -> Result<HashMap<String, Summary>, CliError> {
+    let mut summaries: HashMap<String, Summary> = HashMap::new();
+    for cell in &plan.cells {
+        let id = &cell.experiment.id;
+        let summary = match &cell.kind {
+            CellKind::Run => summary_of(dir, id)?,
+            CellKind::Alias { of } => summaries.get(of).cloned().map(|summary| Summary {
+                experiment: id.clone(),
+                suite: cell.experiment.suite.clone(),
+                ..summary
+            }),
+            CellKind::Skip { .. } => None,
+        };
+        if let Some(summary) = summary {
+            dir.write_summary(&summary)?;
+            summaries.insert(id.clone(), summary);
+        }
+    }
+    Ok(summaries)
+}
+
+impl Selection {
+    /// Samples that would run.
+    pub(crate) fn samples(&self, seeds: &[u64]) -> u64 {
+        self.plan
+            .runs()
+            .map(|experiment| (seeds_of(experiment, seeds).len() * self.items.len()) as u64)
+            .sum()
+    }
+}
+

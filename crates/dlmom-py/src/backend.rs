@@ -1,0 +1,491 @@
+//! [`Backend`] over the Python engine: packs feeds into byte buffers, borrows logits without copying.
+
+use dlmom_core::ConsensusSpec;
+use dlmom_runtime::{
+    AgentId, Assembler, Backend, BackendError, EnsembleInfo, Feed, LaneId, LaneSpec, MemoryStats,
+    ModelId, ModelInfo, PromptSource, Readout, Row, SlotId, check_rows,
+};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PySystemExit, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyByteArray, PyDict, PyList, PyTuple};
+
+/// The Python engine behind the boundary.
+pub struct PyBackend {
+    engine: Py<PyAny>,
+    info: EnsembleInfo,
+    assembler: Assembler,
+}
+
+/// Logits of one forward, borrowed from a live tensor.
+struct Borrowed {
+    /// Keeps the memory alive for as long as `data` is read.
+    _tensor: Py<PyAny>,
+    data: *const f32,
+    rows: usize,
+    vocab: usize,
+}
+
+// SAFETY: `data` points into the tensor that `_tensor` keeps alive; the engine hands its logits
+// over and never writes them again, so shared reads from any thread are sound.
+unsafe impl Sync for Borrowed {}
+// SAFETY: as above; dropping `_tensor` off the interpreter's thread is deferred by PyO3.
+unsafe impl Send for Borrowed {}
+
+impl Borrowed {
+    /// Borrows a C-contiguous float32 CPU tensor of shape `[rows, vocab]`.
+    fn new(tensor: &Bound<'_, PyAny>, rows: usize, vocab: usize) -> PyResult<Self> {
+        let py = tensor.py();
+        let torch = py.import("torch")?;
+        let shape: Vec<usize> = tensor.getattr("shape")?.extract()?;
+        let float32 = tensor.getattr("dtype")?.is(&torch.getattr("float32")?);
+        let device: String = tensor.getattr("device")?.getattr("type")?.extract()?;
+        let contiguous: bool = tensor.call_method0("is_contiguous")?.extract()?;
+        if shape != [rows, vocab] || !float32 || device != "cpu" || !contiguous {
+            return Err(PyTypeError::new_err(format!(
+                "logits must be a contiguous float32 CPU tensor of shape [{rows}, {vocab}], got {} {shape:?} on {device}{}",
+                tensor.getattr("dtype")?,
+                if contiguous { "" } else { ", not contiguous" },
+            )));
+        }
+        let address: usize = tensor.call_method0("data_ptr")?.extract()?;
+        let data = address as *const f32;
+        if rows * vocab > 0 && (data.is_null() || !data.is_aligned()) {
+            return Err(PyTypeError::new_err("logits are not aligned to 4 bytes"));
+        }
+        Ok(Self { _tensor: tensor.clone().unbind(), data, rows, vocab })
+    }
+
+    fn row(&self, index: usize) -> Option<&[f32]> {
+        if index >= self.rows {
+            return None;
+        }
+        // SAFETY: `new` checked dtype, device, contiguity, alignment and that the tensor holds
+        // `rows * vocab` values from `data` on; `index < rows`.
+        Some(unsafe {
+            std::slice::from_raw_parts(self.data.add(index * self.vocab), self.vocab)
+        })
+    }
+}
+
+/// One agent's share of a call.
+#[derive(Default)]
+struct Call {
+    /// `(row, positions)` of rows that take in several positions, in order.
+    spans: Vec<usize>,
+    /// Rows that take in exactly one position, in order.
+    steps: Vec<usize>,
+    /// Packed buffers, filled before the interpreter is entered.
+    span_feeds: Vec<Packed>,
+    step_slots: Vec<u32>,
+    step_feed: Packed,
+}
+
+/// Row-major `[positions, k]` ids (u32) and probabilities (f32), little-endian.
+#[derive(Default)]
+struct Packed {
+    ids: Vec<u8>,
+    probs: Vec<u8>,
+    positions: usize,
+    k: usize,
+}
+
+impl Packed {
+    fn push(&mut self, entries: impl Iterator<Item = (u32, f32)>) {
+        let mut last = 0;
+        let mut count = 0;
+        for (id, p) in entries.take(self.k) {
+            self.ids.extend_from_slice(&id.to_le_bytes());
+            self.probs.extend_from_slice(&p.to_le_bytes());
+            last = id;
+            count += 1;
+        }
+        // Padding repeats a valid id at probability 0, so that a gather stays in range.
+        for _ in count..self.k {
+            self.ids.extend_from_slice(&last.to_le_bytes());
+            self.probs.extend_from_slice(&0.0_f32.to_le_bytes());
+        }
+        self.positions += 1;
+    }
+}
+
+fn width(feed: &Feed<'_>) -> usize {
+    match feed {
+        Feed::Packets(packets) => packets.iter().map(|p| p.k()).max().unwrap_or(1),
+        _ => 1,
+    }
+}
+
+fn pack(feed: &Feed<'_>, into: &mut Packed) -> Result<(), BackendError> {
+    match feed {
+        Feed::Tokens(ids) => ids.iter().for_each(|&id| into.push(std::iter::once((id, 1.0)))),
+        Feed::Packets(packets) => {
+            for packet in *packets {
+                let entries = packet.ids().iter().copied().zip(packet.probs().iter().copied());
+                into.push(entries);
+            }
+        }
+        Feed::Payload(_) => {
+            return Err(BackendError::Unsupported(
+                "embed and logits payloads (suite A3) are not built yet".into(),
+            ));
+        }
+        Feed::Hidden { .. } => {
+            return Err(BackendError::Unsupported("hidden payloads are not built yet".into()));
+        }
+    }
+    Ok(())
+}
+
+/// Sorts a Python exception into what the loop distinguishes; the exception itself travels along.
+pub fn backend_error(py: Python<'_>, error: PyErr, context: impl Into<String>) -> BackendError {
+    if error.is_instance_of::<PyKeyboardInterrupt>(py) || error.is_instance_of::<PySystemExit>(py) {
+        return BackendError::Cancelled(Some(Box::new(error)));
+    }
+    BackendError::Failed { context: context.into(), source: Box::new(error) }
+}
+
+fn text<'py, T: FromPyObjectOwned<'py>>(dict: &Bound<'py, PyDict>, key: &str) -> PyResult<T> {
+    dict.get_item(key)?
+        .ok_or_else(|| PyValueError::new_err(format!("engine info lacks '{key}'")))?
+        .extract()
+        .map_err(Into::into)
+}
+
+fn read_info(engine: &Bound<'_, PyAny>) -> PyResult<EnsembleInfo> {
+    let info = engine.call_method0("info")?;
+    let info = info.cast::<PyDict>()?;
+    let mut models = Vec::new();
+    let list: Bound<'_, PyAny> = text(info, "models")?;
+    for model in list.try_iter()? {
+        let model = model?;
+        let model = model.cast::<PyDict>()?;
+        let roles: Bound<'_, PyAny> = text(model, "roles")?;
+        let roles = roles.cast::<PyDict>()?;
+        let token_bytes: Bound<'_, PyAny> = text(model, "token_bytes")?;
+        let token_bytes = token_bytes
+            .try_iter()?
+            .map(|piece| piece?.extract::<Vec<u8>>())
+            .collect::<PyResult<Vec<_>>>()?;
+        models.push(ModelInfo {
+            name: text(model, "name")?,
+            source: text(model, "source")?,
+            revision: text(model, "revision")?,
+            weights_sha256: text(model, "weights_sha256")?,
+            architecture: text(model, "architecture")?,
+            parameters: text(model, "parameters")?,
+            vocab: text(model, "vocab")?,
+            rows: text(model, "rows")?,
+            hidden: text(model, "hidden")?,
+            context: text(model, "context")?,
+            fingerprint: text(model, "fingerprint")?,
+            token_bytes,
+            eos: text(roles, "eos")?,
+            dtype: text(model, "dtype")?,
+            path: text(model, "path")?,
+            path_reason: text(model, "path_reason")?,
+            attention: text(model, "attention")?,
+        });
+    }
+    let agents: Vec<u32> = text(info, "agents")?;
+    Ok(EnsembleInfo {
+        models,
+        agents: agents.into_iter().map(ModelId).collect(),
+        slots: text(info, "slots")?,
+        max_len: text(info, "max_len")?,
+        device: text(info, "device")?,
+        threads: text(info, "threads")?,
+        bit_invariant: text(info, "bit_invariant")?,
+        bit_invariance_reason: text(info, "bit_invariance_reason")?,
+    })
+}
+
+fn lane_tuple(lane: LaneId) -> (u32, u32) {
+    (lane.slot.0, lane.agent.0)
+}
+
+impl PyBackend {
+    /// Wraps a loaded `dlmom_rs.engine.backend.Engine`.
+    pub fn new(engine: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Self {
+            info: read_info(engine)?,
+            engine: engine.clone().unbind(),
+            assembler: Assembler::default(),
+        })
+    }
+
+    /// Calls `advance` of the engine; returns each agent's span and step logits.
+    fn forward(
+        &self,
+        py: Python<'_>,
+        calls: &[Call],
+    ) -> PyResult<Vec<(usize, Option<Borrowed>, Option<Borrowed>)>> {
+        let mut agents = Vec::new();
+        let list = PyList::empty(py);
+        for (agent, call) in calls.iter().enumerate() {
+            if call.spans.is_empty() && call.steps.is_empty() {
+                continue;
+            }
+            let spans = PyList::empty(py);
+            for (slot, packed) in call.step_slots_of_spans().zip(&call.span_feeds) {
+                spans.append((
+                    slot,
+                    PyByteArray::new(py, &packed.ids),
+                    PyByteArray::new(py, &packed.probs),
+                    packed.positions,
+                    packed.k,
+                ))?;
+            }
+            let step = if call.steps.is_empty() {
+                None
+            } else {
+                Some((
+                    call.step_slots[call.spans.len()..].to_vec(),
+                    PyByteArray::new(py, &call.step_feed.ids),
+                    PyByteArray::new(py, &call.step_feed.probs),
+                    call.step_feed.k,
+                ))
+            };
+            list.append((agent, spans, step))?;
+            agents.push(agent);
+        }
+        let answer = self.engine.bind(py).call_method1("advance", (list,))?;
+        let mut out = Vec::with_capacity(agents.len());
+        for (agent, item) in agents.into_iter().zip(answer.try_iter()?) {
+            let item = item?;
+            let pair = item.cast::<PyTuple>()?;
+            let vocab = self.info.model_of(AgentId(agent as u32)).map_or(0, |m| m.vocab as usize);
+            let (spans, steps) = (calls[agent].spans.len(), calls[agent].steps.len());
+            let borrow = |at: usize, rows: usize| -> PyResult<Option<Borrowed>> {
+                if rows == 0 {
+                    return Ok(None);
+                }
+                Borrowed::new(&pair.get_item(at)?, rows, vocab).map(Some)
+            };
+            out.push((agent, borrow(0, spans)?, borrow(1, steps)?));
+        }
+        Ok(out)
+    }
+}
+
+impl Call {
+    fn step_slots_of_spans(&self) -> impl Iterator<Item = u32> + '_ {
+        self.step_slots[..self.spans.len()].iter().copied()
+    }
+}
+
+impl Backend for PyBackend {
+    fn info(&self) -> &EnsembleInfo {
+        &self.info
+    }
+
+    fn encode(&mut self, model: ModelId, source: &PromptSource) -> Result<Vec<u32>, BackendError> {
+        Python::attach(|py| {
+            let call = || -> PyResult<Vec<u32>> {
+                let dict = PyDict::new(py);
+                match source {
+                    PromptSource::Chat { messages } => {
+                        dict.set_item("kind", "chat")?;
+                        let list = PyList::empty(py);
+                        for message in messages {
+                            let entry = PyDict::new(py);
+                            entry.set_item("role", &message.role)?;
+                            entry.set_item("content", &message.content)?;
+                            list.append(entry)?;
+                        }
+                        dict.set_item("messages", list)?;
+                    }
+                    PromptSource::Text { text } => {
+                        dict.set_item("kind", "text")?;
+                        dict.set_item("text", text)?;
+                    }
+                    PromptSource::Tokens { ids } => {
+                        dict.set_item("kind", "tokens")?;
+                        dict.set_item("ids", ids)?;
+                    }
+                }
+                self.engine.bind(py).call_method1("encode", (model.0, dict))?.extract()
+            };
+            call().map_err(|error| {
+                if error.is_instance_of::<PyValueError>(py) {
+                    BackendError::Invalid(error.value(py).to_string())
+                } else {
+                    backend_error(py, error, "tokenisation")
+                }
+            })
+        })
+    }
+
+    fn reserve(&mut self, slots: u32, max_len: u32) -> Result<(), BackendError> {
+        Python::attach(|py| {
+            let engine = self.engine.bind(py);
+            engine.call_method1("reserve", (slots, max_len)).map_err(|error| {
+                if error.is_instance_of::<PyValueError>(py) {
+                    BackendError::Invalid(error.value(py).to_string())
+                } else if error.is_instance_of::<PyMemoryError>(py) {
+                    backend_error(py, error, "out of memory")
+                } else {
+                    backend_error(py, error, "reserving KV caches")
+                }
+            })?;
+            self.info =
+                read_info(engine).map_err(|e| backend_error(py, e, "reading engine info"))?;
+            Ok(())
+        })
+    }
+
+    fn open(&mut self, lanes: &[LaneSpec]) -> Result<(), BackendError> {
+        Python::attach(|py| {
+            let specs: Vec<(u32, u32, u32)> =
+                lanes.iter().map(|s| (s.lane.slot.0, s.lane.agent.0, s.max_len)).collect();
+            match self.engine.bind(py).call_method1("open", (specs,)) {
+                Ok(_) => Ok(()),
+                Err(error) => Err(backend_error(py, error, "opening lanes")),
+            }
+        })
+    }
+
+    fn advance(
+        &mut self,
+        rows: &[Row<'_>],
+        consensus: &ConsensusSpec,
+        out: &mut Readout,
+    ) -> Result<(), BackendError> {
+        check_rows(&self.info, rows)?;
+        let agents = self.info.agents.len();
+        let mut calls: Vec<Call> = (0..agents).map(|_| Call::default()).collect();
+        // For each row and agent: which of the agent's outputs holds its logits.
+        let mut places: Vec<Vec<Option<(bool, usize)>>> = vec![vec![None; agents]; rows.len()];
+        for row in rows {
+            if row.merge.is_empty() {
+                return Err(BackendError::Invalid(format!("slot {} merges no agent", row.slot)));
+            }
+            if row.want.hidden {
+                return Err(BackendError::Unsupported("hidden states are not built yet".into()));
+            }
+            if row.want.versus.is_some_and(|other| !rows.iter().any(|r| r.slot == other)) {
+                return Err(BackendError::Invalid(format!(
+                    "slot {}: the slot to compare with is not in this call",
+                    row.slot
+                )));
+            }
+            for (agent, feed) in row.feeds {
+                if feed.positions() == 1 {
+                    let call = &mut calls[agent.index()];
+                    call.step_feed.k = call.step_feed.k.max(width(feed));
+                }
+            }
+        }
+        for (index, row) in rows.iter().enumerate() {
+            for (agent, feed) in row.feeds {
+                let call = &mut calls[agent.index()];
+                if feed.positions() == 1 {
+                    pack(feed, &mut call.step_feed)?;
+                    places[index][agent.index()] = Some((false, call.steps.len()));
+                    call.steps.push(index);
+                } else {
+                    let mut packed = Packed { k: width(feed), ..Packed::default() };
+                    pack(feed, &mut packed)?;
+                    call.span_feeds.push(packed);
+                    places[index][agent.index()] = Some((true, call.spans.len()));
+                    call.spans.push(index);
+                }
+            }
+        }
+        for call in &mut calls {
+            call.step_slots =
+                call.spans.iter().chain(&call.steps).map(|&r| rows[r].slot.0).collect();
+        }
+        let borrowed = Python::attach(|py| {
+            self.forward(py, &calls).map_err(|error| {
+                let context =
+                    format!("{} rows of {agents} agents could not be advanced", rows.len());
+                backend_error(py, error, context)
+            })
+        })?;
+        let mut outputs: Vec<[Option<Borrowed>; 2]> = (0..agents).map(|_| [None, None]).collect();
+        for (agent, spans, steps) in borrowed {
+            outputs[agent] = [steps, spans];
+        }
+        let find = |row: usize, agent: AgentId| {
+            let (span, at) = places[row][agent.index()]?;
+            outputs[agent.index()][usize::from(span)].as_ref()?.row(at)
+        };
+        let result = self.assembler.assemble(&self.info, rows, consensus, &find, out);
+        if result.is_err() {
+            // The lanes have moved already; a request that only now proves wrong takes them back.
+            for row in rows {
+                for (agent, feed) in row.feeds {
+                    let lane = LaneId { slot: row.slot, agent: *agent };
+                    let length = self.length(lane)?;
+                    self.truncate(lane, length - feed.positions() as u32)?;
+                }
+            }
+        }
+        result
+    }
+
+    fn fork(&mut self, from: LaneId, to: LaneId, upto: Option<u32>) -> Result<(), BackendError> {
+        self.call("fork", |py, engine| {
+            engine.call_method1("fork", (lane_tuple(from), lane_tuple(to), upto))?;
+            let _ = py;
+            Ok(())
+        })
+    }
+
+    fn truncate(&mut self, lane: LaneId, len: u32) -> Result<(), BackendError> {
+        self.call("truncate", |_, engine| {
+            engine.call_method1("truncate", (lane_tuple(lane), len))?;
+            Ok(())
+        })
+    }
+
+    fn close(&mut self, slots: &[SlotId]) {
+        // Teardown is best effort: a failure here must not hide the error that led to it.
+        let _ = Python::try_attach(|py| {
+            let slots: Vec<u32> = slots.iter().map(|s| s.0).collect();
+            self.engine.bind(py).call_method1("close", (slots,)).map(|_| ())
+        });
+    }
+
+    fn memory(&self) -> MemoryStats {
+        let read = |py: Python<'_>| -> PyResult<MemoryStats> {
+            let answer = self.engine.bind(py).call_method0("memory")?;
+            let dict = answer.cast::<PyDict>()?;
+            let device: u64 = text(dict, "peak_device_bytes")?;
+            Ok(MemoryStats {
+                kv_bytes: text(dict, "kv_bytes")?,
+                peak_device_bytes: (device > 0).then_some(device),
+                peak_rss_bytes: Some(text(dict, "peak_rss_bytes")?),
+            })
+        };
+        Python::attach(|py| read(py).unwrap_or_default())
+    }
+}
+
+impl PyBackend {
+    fn call(
+        &self,
+        what: &str,
+        f: impl for<'py> FnOnce(Python<'py>, &Bound<'py, PyAny>) -> PyResult<()>,
+    ) -> Result<(), BackendError> {
+        Python::attach(|py| {
+            f(py, self.engine.bind(py)).map_err(|error| {
+                if error.is_instance_of::<PyValueError>(py) {
+                    BackendError::Invalid(error.value(py).to_string())
+                } else {
+                    backend_error(py, error, what)
+                }
+            })
+        })
+    }
+
+    fn length(&self, lane: LaneId) -> Result<u32, BackendError> {
+        Python::attach(|py| {
+            self.engine
+                .bind(py)
+                .call_method1("length", lane_tuple(lane))
+                .and_then(|n| n.extract())
+                .map_err(|error| backend_error(py, error, "lane length"))
+        })
+    }
+}

@@ -1,0 +1,107 @@
+//! A cell against the reference pipeline, item by item.
+
+use dlmom_eval::stats::{mcnemar_exact, minimum_detectable_difference};
+use serde::{Deserialize, Serialize};
+
+use crate::fold::{CellRows, Slim, by_item};
+
+/// Difference of two accuracies over shared items.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PairedScore {
+    /// This cell's accuracy minus the reference's, over the shared items.
+    pub delta: f64,
+    /// Items on which the cell does better.
+    pub n01: u64,
+    /// Items on which the reference does better.
+    pub n10: u64,
+    /// Exact two-sided p of that split under equal odds: McNemar's test where each item has one row, the sign test over
+    /// items where it has several, because rows of one item are not independent.
+    pub p_value: f64,
+    /// The same, adjusted by Holm within the suite; null until the suite is aggregated.
+    pub p_adjusted: Option<f64>,
+    /// Smallest difference this many items would show with 80 % power at this discordance; null without discordant items.
+    pub minimum_detectable: Option<f64>,
+}
+
+/// Comparison with the reference pipeline over shared samples.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Paired {
+    /// Items both have.
+    pub shared_items: u64,
+    /// Pairs of rows behind them.
+    pub shared_rows: u64,
+    /// By strict answers.
+    pub strict: PairedScore,
+    /// By answers of any rule.
+    pub flexible: PairedScore,
+    /// Every pair agrees in text, latent steps, switches and the bits of the mean entropy.
+    pub identical: bool,
+}
+
+/// Compares over the items both have. Rows pair by seed and sample where both cells draw; where one of them cannot, its row of
+/// the item pairs with every row of the other. `None` without a pair.
+#[must_use]
+pub fn compare(cell: &CellRows, reference: &CellRows) -> Option<Paired> {
+    let by_seed = !cell.deterministic && !reference.deterministic;
+    let theirs = by_item(&reference.rows);
+    let mut rows = 0u64;
+    let mut identical = true;
+    let mut strict = Tally::default();
+    let mut flexible = Tally::default();
+    for group in cell.rows.chunk_by(|a, b| a.item == b.item) {
+        let Some(other) = theirs.get(&*group[0].item) else { continue };
+        let pairs: Vec<(&Slim, &Slim)> = group
+            .iter()
+            .flat_map(|a| other.iter().map(move |b| (a, b)))
+            .filter(|(a, b)| !by_seed || (a.seed, a.sample) == (b.seed, b.sample))
+            .collect();
+        if pairs.is_empty() {
+            continue;
+        }
+        rows += pairs.len() as u64;
+        identical &= pairs.iter().all(|(a, b)| a.output == b.output);
+        strict.add(&pairs, |r| r.correct);
+        flexible.add(&pairs, |r| r.correct_flexible);
+    }
+    (rows > 0).then(|| Paired {
+        shared_items: strict.items,
+        shared_rows: rows,
+        strict: strict.score(),
+        flexible: flexible.score(),
+        identical,
+    })
+}
+
+#[derive(Default)]
+struct Tally {
+    items: u64,
+    better: u64,
+    worse: u64,
+    delta: f64,
+}
+
+impl Tally {
+    fn add(&mut self, pairs: &[(&Slim, &Slim)], right: impl Fn(&Slim) -> bool) {
+        let ours = pairs.iter().filter(|(a, _)| right(a)).count();
+        let theirs = pairs.iter().filter(|(_, b)| right(b)).count();
+        self.items += 1;
+        self.better += u64::from(ours > theirs);
+        self.worse += u64::from(ours < theirs);
+        self.delta += (ours as f64 - theirs as f64) / pairs.len() as f64;
+    }
+
+    fn score(&self) -> PairedScore {
+        let items = self.items as f64;
+        PairedScore {
+            delta: self.delta / items,
+            n01: self.better,
+            n10: self.worse,
+            p_value: mcnemar_exact(self.better, self.worse),
+            p_adjusted: None,
+            minimum_detectable: minimum_detectable_difference(
+                self.items,
+                (self.better + self.worse) as f64 / items,
+            ),
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! A fully expanded experiment and the loop it runs.
+
+use dlmom_core::{
+    AlphaUnit, ConsensusSpec, ControllerSpec, Gate, NoiseSpec, SamplingSpec, Start,
+};
+use dlmom_eval::{canonical_json, sha256_hex};
+use dlmom_runtime::LoopConfig;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::knobs::{Comm, Kv, SoftMode};
+
+/// Id and suite of the reference pipeline.
+pub const REF: &str = "REF";
+
+/// A cell with every knob explicit: what `configs/<ID>.yaml` holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Experiment {
+    /// Name of the cell.
+    pub id: String,
+    /// Suite it belongs to.
+    pub suite: String,
+    /// Perturbation of the mixture in latent steps.
+    pub soft_mode: SoftMode,
+    /// Gumbel-Softmax temperature.
+    pub tau: Option<f64>,
+    /// Dirichlet concentration.
+    pub lambda: Option<f64>,
+    /// Rule of the controller.
+    pub gate: Gate,
+    /// Entropy threshold in `alpha_unit`.
+    pub alpha: f64,
+    /// Unit of the thresholds.
+    pub alpha_unit: AlphaUnit,
+    /// Window of the trend gate in steps.
+    pub w: Option<u32>,
+    /// Most switches per sample; -1 is unlimited.
+    pub cap: i64,
+    /// Fewest consecutive latent steps.
+    pub min_dwell_latent: u32,
+    /// Fewest consecutive explicit steps.
+    pub min_dwell_explicit: u32,
+    /// Entropy below which the trend gate calls a sample converged.
+    pub convergence_threshold: f64,
+    /// Slope per step that counts as falling.
+    pub slope_eps: f64,
+    /// Variance that counts as settled.
+    pub var_eps: f64,
+    /// What decides the first step.
+    pub start: Start,
+    /// Most latent steps per sample.
+    pub max_latent_steps: u32,
+    /// Most steps per sample.
+    pub max_steps: u32,
+    /// Last steps kept for the answer.
+    pub answer_reserve: u32,
+    /// Text fed when the latent budget is spent.
+    pub answer_cue: Option<String>,
+    /// Entries of a packet; -1 is the whole vocabulary.
+    pub k: i64,
+    /// What crosses a link.
+    pub comm: Comm,
+    /// KV cache compression.
+    pub kv: Kv,
+    /// How the experts' preferences meet.
+    pub consensus: ConsensusSpec,
+    /// How explicit tokens are chosen.
+    pub sampling: SamplingSpec,
+}
+
+/// Part of an experiment that this version cannot run.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unsupported {
+    /// Suites over links and caches.
+    #[error("{cell}: suite {suite} is not built yet; suites A1 and A2 are")]
+    Suite {
+        /// The cell.
+        cell: String,
+        /// Its suite.
+        suite: String,
+    },
+    /// A message other than belief packets.
+    #[error("{cell}: comm: {comm} is not built yet; belief is")]
+    Comm {
+        /// The cell.
+        cell: String,
+        /// Its message.
+        comm: &'static str,
+    },
+    /// Any KV compression.
+    #[error("{cell}: kv: {kv} is not built yet; none is")]
+    Kv {
+        /// The cell.
+        cell: String,
+        /// Its compression.
+        kv: &'static str,
+    },
+    /// Whole-vocabulary packets.
+    #[error("{cell}: k: -1 (the whole vocabulary) is not built yet; give a number of entries")]
+    WholeVocabulary {
+        /// The cell.
+        cell: String,
+    },
+}
+
+impl Experiment {
+    /// The noise that `soft_mode`, `tau` and `lambda` mean; a missing parameter is NaN, which no check passes.
+    pub(super) fn noise(&self) -> NoiseSpec {
+        match self.soft_mode {
+            SoftMode::Deterministic => NoiseSpec::None,
+            SoftMode::Gumbel => NoiseSpec::Gumbel { tau: self.tau.unwrap_or(f64::NAN) },
+            SoftMode::Dirichlet => {
+                NoiseSpec::Dirichlet { lambda: self.lambda.unwrap_or(f64::NAN) }
+            }
+        }
+    }
+
+    pub(super) fn controller(&self) -> ControllerSpec {
+        ControllerSpec {
+            gate: self.gate,
+            w: self.w,
+            alpha: self.alpha,
+            alpha_unit: self.alpha_unit,
+            cap: self.cap,
+            min_dwell_latent: self.min_dwell_latent,
+            min_dwell_explicit: self.min_dwell_explicit,
+            convergence_threshold: Some(self.convergence_threshold),
+            slope_eps: Some(self.slope_eps),
+            var_eps: Some(self.var_eps),
+            max_latent_steps: self.max_latent_steps,
+            start: self.start,
+        }
+    }
+
+    /// The loop to run. In lockstep an embedding never crosses a link and mixes the same `k` entries as a packet, so `embed`
+    /// runs as `belief`.
+    ///
+    /// # Errors
+    /// [`Unsupported`], naming the cell, where a part is not built yet.
+    pub fn loop_config(&self) -> Result<LoopConfig, Unsupported> {
+        let cell = || self.id.clone();
+        if matches!(self.suite.as_str(), "A3" | "A4") {
+            return Err(Unsupported::Suite { cell: cell(), suite: self.suite.clone() });
+        }
+        if self.comm == Comm::Logits {
+            return Err(Unsupported::Comm { cell: cell(), comm: "logits" });
+        }
+        let kv = match self.kv {
+            Kv::None => None,
+            Kv::Kivi2bit => Some("kivi2bit"),
+            Kv::Minicache => Some("minicache"),
+            Kv::MinicacheKivi2bit => Some("minicache+kivi2bit"),
+        };
+        if let Some(kv) = kv {
+            return Err(Unsupported::Kv { cell: cell(), kv });
+        }
+        let k = u32::try_from(self.k).map_err(|_| Unsupported::WholeVocabulary { cell: cell() })?;
+        Ok(LoopConfig {
+            k,
+            controller: self.controller(),
+            consensus: self.consensus.clone(),
+            noise: self.noise(),
+            sampling: self.sampling,
+            max_steps: self.max_steps,
+            answer_reserve: self.answer_reserve,
+            answer_cue: self.answer_cue.clone(),
+        })
+    }
+
+    /// Whether no draw can change an output, so that all seeds give one result.
+    #[must_use]
+    pub fn is_deterministic(&self) -> bool {
+        self.soft_mode == SoftMode::Deterministic && self.sampling.is_greedy()
+    }
+
+    /// Whether the outputs are those of `other`: equal apart from name and suite.
+    #[must_use]
+    pub fn same_outputs(&self, other: &Self) -> bool {
+        let renamed = Self { id: self.id.clone(), suite: self.suite.clone(), ..other.clone() };
+        *self == renamed
+    }
+
+    /// The knobs as JSON, without name and suite.
+    ///
+    /// # Errors
+    /// Never for a validated experiment: only non-finite numbers have no JSON.
+    pub fn knobs(&self) -> Result<Value, serde_json::Error> {
+        let mut value = serde_json::to_value(self)?;
+        if let Value::Object(map) = &mut value {
+            map.shift_remove("id");
+            map.shift_remove("suite");
+        }
+        Ok(value)
+    }
+
+    /// SHA-256, 64 hexadecimal characters, of the canonical JSON of the knobs and of `context`: everything else that changes
+    /// outputs (digests of models and data, dtype, threads, bench, extractor version; slots and lane length only where rows
+    /// are not bit-invariant). Name and suite do not enter.
+    ///
+    /// # Errors
+    /// As [`Experiment::knobs`].
+    pub fn config_hash(&self, context: &Value) -> Result<String, serde_json::Error> {
+        let all = json!({ "context": context, "experiment": self.knobs()? });
+        Ok(sha256_hex(canonical_json(&all).as_bytes()))
+    }
+}

@@ -1,0 +1,74 @@
+//! The one YAML parser and emitter of the project.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_saphyr::{DuplicateKeyPolicy, Error as SaphyrError};
+
+use dlmom_eval::suggest::hint;
+
+/// YAML that is not what was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{file}:{line}:{column}: {message}")]
+pub struct YamlError {
+    /// Name of the file, as the user gave it.
+    pub file: String,
+    /// Line, from 1; 0 where the parser knows none.
+    pub line: u64,
+    /// Column, from 1; 0 where the parser knows none.
+    pub column: u64,
+    /// What is wrong there.
+    pub message: String,
+}
+
+/// Reads one YAML document. Duplicate keys, unknown keys, merge keys and YAML 1.1 booleans (`yes`, `on`) are errors.
+///
+/// # Errors
+/// [`YamlError`] at the first fault; an unknown key comes with the nearest known one.
+pub fn from_str<T: DeserializeOwned>(file: &str, text: &str) -> Result<T, YamlError> {
+    let options = serde_saphyr::options! {
+        duplicate_keys: DuplicateKeyPolicy::Error,
+        merge_keys: serde_saphyr::MergeKeyPolicy::Error,
+        strict_booleans: true,
+        with_snippet: false,
+    };
+    serde_saphyr::from_str_with_options(text, options).map_err(|error| explain(file, &error))
+}
+
+fn explain(file: &str, error: &SaphyrError) -> YamlError {
+    let error = error.without_snippet();
+    let location = error.location();
+    let message = match error {
+        SaphyrError::SerdeUnknownField { field, expected, .. } => {
+            let known = expected.join(", ");
+            format!("unknown key `{field}`{}; known: {known}", hint(field, expected.iter().copied()))
+        }
+        SaphyrError::SerdeUnknownVariant { variant, expected, .. } => {
+            let known = expected.join(", ");
+            format!(
+                "unknown value `{variant}`{}; known: {known}",
+                hint(variant, expected.iter().copied())
+            )
+        }
+        other => one_line(&other.to_string()),
+    };
+    YamlError {
+        file: file.to_owned(),
+        line: location.map_or(0, |l| l.line()),
+        column: location.map_or(0, |l| l.column()),
+        message,
+    }
+}
+
+/// The first line of the parser's words, without the position it repeats.
+fn one_line(text: &str) -> String {
+    let line = text.lines().next().unwrap_or(text);
+    line.split(" at line ").next().unwrap_or(line).trim_end_matches(':').to_owned()
+}
+
+/// Writes one YAML document that [`from_str`] and PyYAML read back alike.
+///
+/// # Errors
+/// The emitter's words for a value that YAML cannot hold.
+pub fn to_string<T: Serialize>(value: &T) -> Result<String, String> {
+    serde_saphyr::to_string(value).map_err(|e| e.to_string())
+}

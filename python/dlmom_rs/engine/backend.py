@@ -1,0 +1,391 @@
+"""The engine: several frozen models and their agents' lanes, behind the calls of the Rust loop.
+
+The engine decides nothing. It loads models, keeps key-value lanes by (slot, agent), turns packets
+into input embeddings, forwards them, and returns logits on the host. A lane's bits depend only on
+what was fed to that lane wherever ``info()["bit_invariant"]`` says so.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import padded_rows
+from .device import device_bytes, out_of_memory, parse_device, parse_dtype, peak_rss_bytes, physical_cores
+from .embed import embed
+from .errors import ModelError
+from .experts import Expert, load_expert, one_line
+from .lanes import Lanes, PerRowLanes, RowSlotLanes
+from .packets import Call, RawCall, read_call
+from .selftest import invariance_failure, reference_failure
+
+
+class Engine:
+    """Models, agents and lanes. Use ``Engine.load``; not safe for use from several threads."""
+
+    def __init__(
+        self,
+        experts: list[Expert],
+        agents: list[int],
+        *,
+        device: torch.device,
+        device_name: str,
+        slots: int,
+        max_len: int,
+    ) -> None:
+        self._experts = experts
+        self._agents = agents
+        self._device = device
+        self._device_name = device_name
+        self._slots = slots
+        self._max_len = max_len
+        self._reasons: list[str | None] = [None] * len(experts)
+        self._bit_invariant = False
+        self._bit_reason = ""
+        self._lanes: list[Lanes] = []
+        self._invariant = False
+
+    @staticmethod
+    def load(
+        experts: list[str],
+        agents: list[int],
+        *,
+        device: str,
+        dtype: str,
+        slots: int,
+        max_len: int,
+        threads: int | None,
+        trust_remote_code: bool,
+        deterministic: bool,
+        fast: bool,
+        attn: str | None,
+    ) -> "Engine":
+        """Load the models, choose each one's path, and test it.
+
+        ``experts`` are model sources (folder, hub id, ``zoo:NAME``); ``agents[a]`` is the model of
+        agent ``a``. ``slots`` is the number of rows wanted, padded (to a multiple of 8, in float32
+        to 16 at least) where bits must not depend on it; ``max_len`` is the longest lane in
+        positions. ``threads`` None means the physical cores. ``fast`` gives bit invariance up;
+        ``deterministic`` asks for it on devices.
+
+        Raises ModelError for anything wrong with a model, device or dtype, WeightsError for NaN or
+        Inf weights, ValueError for other arguments.
+        """
+        if not experts or not agents:
+            raise ValueError("an engine needs at least one model and one agent")
+        if slots < 1 or max_len < 1:
+            raise ValueError(f"slots and max_len must be positive, not {slots} and {max_len}")
+        bad = [m for m in agents if not 0 <= m < len(experts)]
+        if bad:
+            raise ValueError(f"agents name model {bad[0]}, but there are {len(experts)} models")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be positive, not {threads}")
+        torch_dtype = parse_dtype(dtype)
+        torch_device, device_name = parse_device(device)
+        torch.set_num_threads(threads or physical_cores())
+        on_cpu = torch_device.type == "cpu"
+        invariant = not fast and (on_cpu or deterministic)
+        if invariant and not on_cpu:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        loaded = [
+            load_expert(
+                source,
+                device=torch_device,
+                dtype=torch_dtype,
+                trust_remote_code=trust_remote_code,
+                attn=attn,
+            )
+            for source in experts
+        ]
+        engine = Engine(
+            loaded,
+            list(agents),
+            device=torch_device,
+            device_name=device_name,
+            slots=slots,
+            max_len=max_len,
+        )
+        engine._invariant = invariant
+        if not invariant:
+            engine._bit_reason = (
+                "given up by the fast setting"
+                if fast
+                else f"not asked for on {device_name} (deterministic is off)"
+            )
+        engine.reserve(slots, max_len)
+        return engine
+
+    def reserve(self, slots: int, max_len: int) -> None:
+        """Make room for ``slots`` rows of ``max_len`` positions, closing every lane.
+
+        Chooses and tests every model's path again, because both depend on the shape of the batch.
+        ValueError for sizes below 1. MemoryError where the lanes do not fit: nothing is reserved
+        then, and a smaller reserve may be tried.
+        """
+        if slots < 1 or max_len < 1:
+            raise ValueError(f"slots and max_len must be positive, not {slots} and {max_len}")
+        self._slots = padded_rows(slots, self._experts[0].dtype) if self._invariant else slots
+        self._max_len = max_len
+        self._lanes = []  # freed before the new ones are allocated
+        with torch.inference_mode():
+            try:
+                self._prepare(self._invariant)
+            except Exception as error:
+                self._lanes = []
+                if out_of_memory(error) and not isinstance(error, MemoryError):
+                    raise MemoryError(
+                        f"{slots} slots of {max_len} positions do not fit: {one_line(error)}"
+                    ) from error
+                raise
+
+    def _prepare(self, invariant: bool) -> None:
+        """Choose and test every model's path; make every agent's lanes."""
+        templates: list[Lanes] = []
+        reasons: list[str | None] = []
+        failures: list[str] = []
+        for expert in self._experts:
+            lanes, reason = self._choose(expert)
+            templates.append(lanes)
+            reasons.append(reason)
+            failure = invariance_failure(expert, lanes) if invariant else None
+            if failure is not None:
+                failures.append(f"{expert.name}: {failure}")
+        self._reasons = reasons
+        self._bit_invariant = invariant and not failures
+        if invariant:
+            self._bit_reason = "; ".join(failures) or (
+                "self-test passed: a row's bits depend on neither its slot, its mates, the number "
+                f"of slots nor the visible length, at {torch.get_num_threads()} threads"
+            )
+        taken: set[int] = set()
+        for model in self._agents:
+            template = templates[model]
+            lanes = template
+            if model in taken:
+                lanes = self._make(self._experts[model], isinstance(template, RowSlotLanes))
+                if isinstance(template, RowSlotLanes) and isinstance(lanes, RowSlotLanes):
+                    lanes.allocate_like(template)
+                    lanes.min_bucket = template.min_bucket
+            taken.add(model)
+            self._lanes.append(lanes)
+
+    def _make(self, expert: Expert, row_slot: bool) -> Lanes:
+        if not row_slot:
+            return PerRowLanes(expert, self._slots, self._device)
+        return RowSlotLanes(expert, self._slots, self._capacity(expert), self._device)
+
+    def _capacity(self, expert: Expert) -> int:
+        """The longest lane of a model: what was asked for, within its context."""
+        return min(self._max_len, expert.context or self._max_len)
+
+    def _choose(self, expert: Expert) -> tuple[Lanes, str | None]:
+        """The lanes of a model's path, tested, and why they are not row-slot lanes."""
+        reason = expert.family.reason
+        if expert.family.row_slot:
+            lanes = self._make(expert, True)
+            reason = self._attempt(expert, lanes)
+            if reason is None:
+                return lanes, None
+            reason = f"row-slot self-test failed: {reason}"
+        lanes = self._make(expert, False)
+        failure = self._attempt(expert, lanes)
+        if failure is not None:
+            raise ModelError(
+                f"{expert.folder}: models of type {expert.model.config.model_type!r} are not "
+                f"supported ({reason}; one row at a time: {failure})"
+            )
+        return lanes, reason
+
+    @staticmethod
+    def _attempt(expert: Expert, lanes: Lanes) -> str | None:
+        """The reference self-test; an exception from the modelling code is a failure like others.
+
+        Out of memory is not: it says nothing about the family.
+        """
+        try:
+            return reference_failure(expert, lanes)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {one_line(error)}"
+
+    def info(self) -> dict[str, Any]:
+        """What was loaded and how it runs; see the keys in DESIGN section 9 and the Rust side."""
+        models = [
+            expert.info(self._row_slot(i), self._reasons[i])
+            for i, expert in enumerate(self._experts)
+        ]
+        return {
+            "models": models,
+            "agents": list(self._agents),
+            "device": self._device_name,
+            "threads": torch.get_num_threads(),
+            "slots": self._slots,
+            "max_len": self._max_len,
+            "bit_invariant": self._bit_invariant,
+            "bit_invariance_reason": self._bit_reason,
+        }
+
+    def _row_slot(self, model: int) -> bool:
+        return self._experts[model].family.row_slot and self._reasons[model] is None
+
+    def encode(self, model: int, source: dict[str, Any]) -> list[int]:
+        """Ids of a prompt for a model's own tokenizer and chat template.
+
+        ``source`` is ``{"kind": "chat", "messages": [{"role", "content"}...]}``,
+        ``{"kind": "text", "text"}`` or ``{"kind": "tokens", "ids"}``. Raises ValueError, in one
+        line, for an empty or malformed prompt and for one longer than the model's context.
+        """
+        expert = self._expert(model)
+        ids = expert.vocabulary.encode(source)
+        if expert.context is not None and len(ids) > expert.context:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, {expert.name} has a context of {expert.context}"
+            )
+        return ids
+
+    def open(self, lanes: list[tuple[int, int, int]]) -> None:
+        """Start empty lanes ``(slot, agent, max_len)``, whatever those slots held.
+
+        ValueError, before anything is opened, for a slot or agent there is not, and for a max_len
+        beyond the engine's or the model's context.
+        """
+        for slot, agent, limit in lanes:
+            expert = self._agent(agent).expert
+            self._check_slot(slot)
+            capacity = self._capacity(expert)
+            if not 1 <= limit <= capacity:
+                what = "the engine's longest lane"
+                if capacity < self._max_len:
+                    what = f"the context of {expert.name}"
+                raise ValueError(f"a lane of {limit} positions was asked for; {what} is {capacity}")
+        with torch.inference_mode():
+            for slot, agent, limit in lanes:
+                self._lanes[agent].open(slot, limit)
+
+    def close(self, slots: list[int]) -> None:
+        """Free these slots for every agent and zero what they held."""
+        with torch.inference_mode():
+            for slot in slots:
+                self._check_slot(slot)
+                for lanes in self._lanes:
+                    lanes.close(slot)
+
+    def fork(self, src: tuple[int, int], dst: tuple[int, int], upto: int | None) -> None:
+        """Copy the first ``upto`` positions (None: all) of lane ``src`` into lane ``dst``.
+
+        Lanes are (slot, agent). A closed ``dst`` is opened with the source's max_len. ValueError
+        for lanes of different models, and where ``dst`` cannot hold that many positions.
+        """
+        source, target = self._agent(src[1]), self._agent(dst[1])
+        self._check_slot(src[0])
+        self._check_slot(dst[0])
+        if self._agents[src[1]] != self._agents[dst[1]]:
+            raise ValueError(
+                f"cannot fork from agent {src[1]} to agent {dst[1]}: their models differ"
+            )
+        with torch.inference_mode():
+            target.fork(source, src[0], dst[0], upto)
+
+    def truncate(self, lane: tuple[int, int], length: int) -> None:
+        """Cut a lane (slot, agent) back to its first ``length`` positions."""
+        with torch.inference_mode():
+            self._agent(lane[1]).truncate(lane[0], length)
+
+    def length(self, slot: int, agent: int) -> int:
+        """The positions a lane holds; ValueError for a closed one."""
+        return self._agent(agent).get(slot).length
+
+    def memory(self) -> dict[str, int]:
+        """Bytes in use. The device counts are 0 on a CPU, where all is resident memory."""
+        now, peak = device_bytes(self._device)
+        return {
+            "device_bytes": now,
+            "peak_device_bytes": peak,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "kv_bytes": sum(lanes.nbytes() for lanes in self._lanes),
+        }
+
+    def advance(self, calls: Iterable[RawCall]) -> list[tuple[Tensor, Tensor | None]]:
+        """Append positions to lanes and return their last logits.
+
+        One call per agent that moves: ``(agent, spans, step)``. A span ``(slot, ids, probs, n, k)``
+        appends n packets to one lane and is forwarded alone at its exact length; the step
+        ``(slots, ids, probs, k)`` appends one packet to each of its slots in one forward. ids are
+        little-endian u32, probs f32, row-major [n, k]; padding entries have probability 0 and a
+        valid id.
+
+        Returns per call ``(span_logits [spans, V], step_logits [rows, V] or None)``: float32 on the
+        host, contiguous, the real vocabulary only, in the order given. A lane that produced NaN
+        returns NaN in its row and leaves the others alone.
+
+        Raises ValueError before anything is forwarded for malformed calls and for lanes that are
+        closed or would outgrow their max_len. Whatever is raised, every lane is where it was.
+        """
+        parsed = [read_call(raw, self._agent(raw[0]).expert.vocabulary.size) for raw in calls]
+        if len({call.agent for call in parsed}) != len(parsed):
+            raise ValueError("an agent appears in two calls of one advance")
+        for call in parsed:
+            self._check_room(call)
+        saved = [
+            (lanes, lanes.save(slot for slot, _ in call.appended()))
+            for call in parsed
+            for lanes in (self._lanes[call.agent],)
+        ]
+        with torch.inference_mode():
+            try:
+                return [self._run(call) for call in parsed]
+            except BaseException:
+                for lanes, positions in saved:
+                    lanes.restore(positions)
+                raise
+
+    def _run(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        lanes = self._lanes[call.agent]
+        expert = lanes.expert
+        vocab = expert.vocabulary.size
+        spans = [
+            lanes.span(slot, embed(expert.embeddings, entries.ids, entries.probs, self._device))
+            for slot, entries in call.spans
+        ]
+        span_logits = torch.stack(spans) if spans else torch.empty(0, vocab)
+        step_logits: Tensor | None = None
+        if call.step is not None:
+            x = embed(expert.embeddings, call.step.ids, call.step.probs, self._device)
+            step_logits = _readout(lanes.step(call.step_slots, x), vocab)
+        return _readout(span_logits, vocab), step_logits
+
+    def _check_room(self, call: Call) -> None:
+        lanes = self._lanes[call.agent]
+        for slot, count in call.appended():
+            self._check_slot(slot)
+            lane = lanes.get(slot)
+            if lane.length + count > lane.limit:
+                raise ValueError(
+                    f"slot {slot} of agent {call.agent} holds {lane.length} of at most "
+                    f"{lane.limit} positions: {count} more do not fit"
+                )
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self._slots:
+            raise ValueError(f"slot {slot} is outside 0..{self._slots}")
+
+    def _agent(self, agent: int) -> Lanes:
+        if not 0 <= agent < len(self._agents):
+            raise ValueError(f"agent {agent} is outside 0..{len(self._agents)}")
+        if not self._lanes:
+            raise ValueError("no lanes are reserved: the last reserve failed")
+        return self._lanes[agent]
+
+    def _expert(self, model: int) -> Expert:
+        if not 0 <= model < len(self._experts):
+            raise ValueError(f"model {model} is outside 0..{len(self._experts)}")
+        return self._experts[model]
+
+
+def _readout(logits: Tensor, vocab: int) -> Tensor:
+    """Logits [n, head rows], any dtype and device -> [n, vocab] float32 on the host, contiguous."""
+    return logits[:, :vocab].to(device="cpu", dtype=torch.float32).contiguous()

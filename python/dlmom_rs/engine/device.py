@@ -1,0 +1,80 @@
+"""Names of devices and dtypes, threads, and memory in use."""
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from .errors import ModelError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEVICES = ("cpu", "cuda", "hip", "mps", "auto")
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of bf16, fp16 or fp32; ModelError otherwise."""
+    if name not in DTYPES:
+        raise ModelError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def parse_device(name: str) -> tuple[torch.device, str]:
+    """The torch device of a name and the name to report; ModelError where it is not there.
+
+    ``hip`` is torch's ``cuda`` device on a ROCm build. ``auto`` prefers cuda, then mps, then cpu.
+    """
+    if name not in DEVICES:
+        raise ModelError(f"unknown device {name!r}: expected one of {', '.join(DEVICES)}")
+    rocm = torch.version.hip is not None
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "hip" if rocm else "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "hip" and not rocm:
+        raise ModelError("device 'hip' needs a ROCm build of torch; this build has none")
+    if name in ("cuda", "hip"):
+        if not torch.cuda.is_available():
+            raise ModelError(f"device {name!r} is not available: torch sees no GPU")
+        return torch.device("cuda", torch.cuda.current_device()), "hip" if rocm else "cuda"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("device 'mps' is not available on this machine")
+    return torch.device(name), name
+
+
+def physical_cores() -> int:
+    """Physical cores this process may run on: hyper-threads count once. At least 1."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    siblings = set()
+    for cpu in allowed:
+        file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            siblings.add(file.read_text().strip())
+        except OSError:
+            return max(1, len(allowed))
+    return max(1, len(siblings) or (os.cpu_count() or 1))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out. torch's CPU allocator has no class for it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def device_bytes(device: torch.device) -> tuple[int, int]:
+    """Bytes allocated on an accelerator, now and at peak; (0, 0) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        now = torch.mps.current_allocated_memory()
+        return now, now
+    return 0, 0

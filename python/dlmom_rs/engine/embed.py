@@ -1,0 +1,87 @@
+"""Belief packets to input embeddings: ``sum_i p_i E[id_i]``.
+
+The idea is that of CIPHER (arXiv 2310.06272) and Soft Thinking (arXiv 2505.15778). What is added
+here is an order of summation that depends on nothing but the entry's index, so that a row's bits
+are the same whatever its batch mates and however far ``k`` is padded.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+#: Entries summed by one pairwise tree. A constant of the arithmetic: changing it changes bits.
+TREE = 1024
+#: Bound on the f32 elements alive in one block, so that a whole-vocabulary packet fits in memory.
+BLOCK_ELEMENTS = 1 << 24
+
+
+def one_hot_rows(probs: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Rows of ``probs`` [n, k] whose first entry is exactly 1 and whose others are exactly 0."""
+    rows: NDArray[np.bool_] = probs[:, 0] == 1.0
+    if probs.shape[1] > 1:
+        rows &= ~probs[:, 1:].any(axis=1)
+    return rows
+
+
+def _tree_sum(terms: Tensor) -> Tensor:
+    """Sum ``terms`` [n, k, h] over k, halving pairwise; k is padded with zeros to a power of two.
+
+    Adding (i, i + half) makes the result independent of further zero padding: the first halving
+    of a padded array adds zeros and gives the unpadded array back. Only elementwise additions are
+    used, so no library's choice of reduction order enters.
+    """
+    count = terms.shape[1]
+    size = 1 << (count - 1).bit_length()
+    if size != count:
+        terms = torch.cat([terms, terms.new_zeros(terms.shape[0], size - count, terms.shape[2])], 1)
+    while size > 1:
+        size //= 2
+        terms = terms[:, :size] + terms[:, size:]
+    return terms[:, 0]
+
+
+def mixture(module: nn.Module, ids: Tensor, probs: Tensor) -> Tensor:
+    """Mix embeddings: ``ids`` [n, k] int64, ``probs`` [n, k] f32 -> [n, h] f32.
+
+    The table is read through the module, never its ``weight``: Gemma scales inside it.
+    """
+    blocks: list[Tensor] = []
+    hidden = module(ids[:1, :1]).shape[-1]
+    rows_per_block = max(1, BLOCK_ELEMENTS // (min(ids.shape[1], TREE) * hidden))
+    for start in range(0, ids.shape[0], rows_per_block):
+        rows = slice(start, start + rows_per_block)
+        total: Tensor | None = None
+        for left in range(0, ids.shape[1], TREE):
+            cols = slice(left, left + TREE)
+            part = _tree_sum(module(ids[rows, cols]).float() * probs[rows, cols, None])
+            total = part if total is None else total + part
+        assert total is not None
+        # A sum of negative zeros is -0.0 alone but 0.0 once padded; adding 0.0 makes both 0.0.
+        blocks.append(total + 0.0)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def embed(
+    module: nn.Module,
+    ids: NDArray[np.int64],
+    probs: NDArray[np.float32],
+    device: torch.device,
+) -> Tensor:
+    """Input embeddings of packets: ``ids``, ``probs`` [n, k] on the host -> [n, h], module's dtype.
+
+    A packet whose first probability is 1 and whose others are 0 gives exactly ``E[id]``. Others are
+    accumulated in f32 and rounded to the model's dtype once.
+    """
+    table_ids = torch.from_numpy(ids).to(device)
+    out: Tensor = module(table_ids[:, 0])
+    soft = np.flatnonzero(~one_hot_rows(probs))
+    if soft.size == 0:
+        return out
+    weights = torch.from_numpy(np.ascontiguousarray(probs, dtype=np.float32)).to(device)
+    if soft.size == ids.shape[0]:
+        return mixture(module, table_ids, weights).to(out.dtype)
+    rows = torch.from_numpy(soft).to(device)
+    out = out.clone()
+    out[rows] = mixture(module, table_ids[rows], weights[rows]).to(out.dtype)
+    return out

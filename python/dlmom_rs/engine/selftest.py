@@ -1,0 +1,165 @@
+"""What is proved of a loaded model before it is used: its path is right, its rows independent.
+
+Two questions, both asked with a few short made-up rows. *Reference*: do ragged rows, stepping
+together on printed and mixed inputs, give the logits that each gives alone on transformers' own
+cache? *Invariance*: are a row's bits the same in another slot, with other mates, at another visible
+length and with another number of slots?
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from .cache import BUCKET, padded_rows, round_up
+from .embed import embed
+from .experts import Expert
+from .lanes import Lanes, PerRowLanes, RowSlotLanes
+
+#: Largest difference from a lone run, as a share of the largest logit, in float32.
+TOLERANCE = 1e-4
+#: The same for half precisions: root mean square of the difference over that of the logits.
+HALF_TOLERANCE = 0.1
+STEPS = 4
+PROMPTS = (5, 9, 2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A made-up row: the embeddings of its prompt [n, hidden] and of its steps [STEPS, hidden]."""
+
+    prompt: Tensor
+    steps: Tensor
+
+
+def make_row(expert: Expert, seed: int, length: int, device: torch.device) -> Row:
+    """A row that depends on ``seed`` only; its steps alternate printed tokens and mixtures."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    vocab = expert.vocabulary.size
+    prompt = rng.integers(0, vocab, (length, 1))
+    ids = rng.integers(0, vocab, (STEPS, 3))
+    probs = np.tile(np.array([[1.0, 0.0, 0.0], [0.5, 0.3125, 0.1875]], np.float32), (STEPS // 2, 1))
+    ones = np.ones((length, 1), np.float32)
+    return Row(
+        embed(expert.embeddings, prompt, ones, device),
+        embed(expert.embeddings, ids, probs, device),
+    )
+
+
+def drive(lanes: Lanes, rows: dict[int, Row]) -> dict[int, Tensor]:
+    """Run rows by slot through the lanes; each slot's logits [1 + STEPS, head rows] in float32."""
+    slots = sorted(rows)
+    out: dict[int, list[Tensor]] = {}
+    for slot in slots:
+        lanes.open(slot, rows[slot].prompt.shape[0] + STEPS)
+        out[slot] = [lanes.span(slot, rows[slot].prompt)]
+    for i in range(STEPS):
+        logits = lanes.step(slots, torch.stack([rows[slot].steps[i] for slot in slots]))
+        for j, slot in enumerate(slots):
+            out[slot].append(logits[j])
+    for slot in slots:
+        lanes.close(slot)
+    return {slot: torch.stack(logits).float() for slot, logits in out.items()}
+
+
+def alone(expert: Expert, row: Row) -> Tensor:
+    """The row on transformers' own cache and masks, alone: [1 + STEPS, head rows] float32."""
+    cache = DynamicCache(config=expert.model.config)
+    out = []
+    for x in (row.prompt, *row.steps[:, None]):
+        logits = expert.model(inputs_embeds=x[None], past_key_values=cache, use_cache=True).logits
+        out.append(logits[0, -1])
+    return torch.stack(out).float()
+
+
+def uncached(expert: Expert, row: Row) -> Tensor:
+    """The row in one forward without any cache: [1 + STEPS, head rows] float32."""
+    x = torch.cat([row.prompt, row.steps])
+    logits: Tensor = expert.model(inputs_embeds=x[None], use_cache=False).logits
+    return logits[0, row.prompt.shape[0] - 1 :].float()
+
+
+def difference(got: Tensor, want: Tensor, half: bool) -> str | None:
+    """Why two sets of logits do not agree within the tolerance of their precision, or None."""
+    if not bool(torch.isfinite(want).all()):
+        return "the model's own logits are not finite"
+    if not bool(torch.isfinite(got).all()):
+        return "logits are not finite"
+    if half:
+        spread = float((want - want.mean(-1, keepdim=True)).pow(2).mean().sqrt())
+        share, bound = float((got - want).pow(2).mean().sqrt()) / (spread + 1e-30), HALF_TOLERANCE
+    else:
+        share = float((got - want).abs().max()) / (float(want.abs().max()) + 1e-30)
+        bound = TOLERANCE
+    return None if share <= bound else f"logits differ by {share:.1e} of their size"
+
+
+def reference_failure(expert: Expert, lanes: Lanes) -> str | None:
+    """Why the lanes do not give the logits of lone rows, or None where they do.
+
+    Row-slot lanes are compared with ``DynamicCache``; per-row lanes, which use that themselves,
+    with forwards that have no cache at all.
+    """
+    truth: Callable[[Expert, Row], Tensor] = alone
+    if isinstance(lanes, PerRowLanes):
+        truth = uncached
+    half = expert.dtype != torch.float32
+    made = [make_row(expert, i, n, lanes.device) for i, n in enumerate(PROMPTS)]
+    slots = sorted({0, lanes.slots // 2, lanes.slots - 1})
+    rows = dict(zip(slots, made, strict=False))
+    got = drive(lanes, rows)
+    for slot, row in rows.items():
+        reason = difference(got[slot], truth(expert, row), half)
+        if reason is not None:
+            return reason
+    if isinstance(lanes, PerRowLanes):
+        lanes.open(0, PROMPTS[0])
+        lanes.span(0, made[0].prompt)
+        written = lanes.layers_written(0)
+        lanes.close(0)
+    else:
+        assert isinstance(lanes, RowSlotLanes)
+        written = lanes.layers_written()
+    return None if written else "some layers keep no keys and values"
+
+
+def invariance_failure(expert: Expert, lanes: Lanes) -> str | None:
+    """Why a row's bits depend on more than the row, or None where no dependence was seen.
+
+    Where they depend on the visible length alone, that length is fixed at the capacity for good.
+    """
+    if expert.routed and isinstance(lanes, RowSlotLanes):
+        return "mixture-of-experts layers batch a varying number of rows per expert"
+    row, mate, other = (make_row(expert, i, n, lanes.device) for i, n in enumerate(PROMPTS))
+    last, middle = lanes.slots - 1, lanes.slots // 2
+    crowd = {last: row, 0: mate, middle: other} if lanes.slots > 2 else {last: row}
+
+    def together() -> Tensor:
+        return drive(lanes, crowd)[last]
+
+    first = drive(lanes, {0: row})[0]
+    if not torch.equal(first, together()):
+        return "a row's bits depend on its slot or its mates"
+    if not isinstance(lanes, RowSlotLanes):
+        return None
+    capacity = lanes.cache.plan.capacity
+    for length in {capacity, round_up(capacity // 2, BUCKET)}:
+        lanes.min_bucket = length
+        same = torch.equal(first, together())
+        lanes.min_bucket = BUCKET
+        if not same:
+            lanes.min_bucket = capacity
+            first = drive(lanes, {0: row})[0]
+            if not torch.equal(first, together()):
+                return "a row's bits depend on its slot or its mates"
+            break
+    least = padded_rows(1, expert.dtype)
+    if lanes.slots > least:
+        few = RowSlotLanes(expert, least, capacity - 1, lanes.device)
+        few.min_bucket = lanes.min_bucket
+        if not torch.equal(first, drive(few, {3: row})[3]):
+            return "a row's bits depend on the number of slots"
+    return None
