@@ -42,7 +42,12 @@ impl Bench {
             Some(text) => format!("{}\n\n{text}", item.question),
             None => item.question.clone(),
         };
-        PromptSource::Chat { messages: vec![Message { role: "user".to_owned(), content }] }
+        PromptSource::Chat {
+            messages: vec![Message {
+                role: "user".to_owned(),
+                content,
+            }],
+        }
     }
 }
 
@@ -113,9 +118,10 @@ impl BenchSpec {
     #[must_use]
     pub fn bench(&self) -> Bench {
         match self {
-            Self::TinyGsm => {
-                Bench::Gsm8kLike { name: "tinygsm".to_owned(), instruction: None }
-            }
+            Self::TinyGsm => Bench::Gsm8kLike {
+                name: "tinygsm".to_owned(),
+                instruction: None,
+            },
             Self::Gsm8k { .. } => Bench::Gsm8kLike {
                 name: "gsm8k".to_owned(),
                 instruction: Some(STEP_BY_STEP.to_owned()),
@@ -129,11 +135,17 @@ mod tests {
     use super::*;
 
     fn item() -> Item {
-        Item { id: "1".into(), question: "How many?".into(), gold: "3".into() }
+        Item {
+            id: "1".into(),
+            question: "How many?".into(),
+            gold: "3".into(),
+        }
     }
 
     fn content(source: &PromptSource) -> (&str, &str) {
-        let PromptSource::Chat { messages } = source else { panic!("a chat prompt") };
+        let PromptSource::Chat { messages } = source else {
+            panic!("a chat prompt")
+        };
         assert_eq!(messages.len(), 1);
         (&messages[0].role, &messages[0].content)
     }

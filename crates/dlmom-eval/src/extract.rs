@@ -87,16 +87,26 @@ pub fn extract(text: &str) -> Extraction {
             };
         }
     }
-    Extraction { strict: None, flexible: None, method: Method::None, span: None }
+    Extraction {
+        strict: None,
+        flexible: None,
+        method: Method::None,
+        span: None,
+    }
 }
 
 /// Compares both answers with `gold`.
 #[must_use]
 pub fn score(gold: &str, extraction: &Extraction) -> Score {
     let right = |answer: &Option<String>| {
-        answer.as_deref().is_some_and(|answer| answers_equal(gold, answer))
+        answer
+            .as_deref()
+            .is_some_and(|answer| answers_equal(gold, answer))
     };
-    Score { correct: right(&extraction.strict), correct_flexible: right(&extraction.flexible) }
+    Score {
+        correct: right(&extraction.strict),
+        correct_flexible: right(&extraction.flexible),
+    }
 }
 
 /// Whether two answers are the same: exactly, as rational numbers, where both are numbers; as cleaned text, ignoring case and
@@ -112,7 +122,10 @@ pub fn answers_equal(gold: &str, answer: &str) -> bool {
 }
 
 fn comparable(text: &str) -> String {
-    text.chars().filter(|c| !c.is_whitespace()).flat_map(char::to_lowercase).collect()
+    text.chars()
+        .filter(|c| !c.is_whitespace())
+        .flat_map(char::to_lowercase)
+        .collect()
 }
 
 /// An answer as written in a box or after hashes, in canonical form: the number it is, units aside, else its cleaned text.
@@ -120,7 +133,10 @@ fn comparable(text: &str) -> String {
 pub fn canonical(raw: &str) -> String {
     let value = raw.rsplit('=').next().unwrap_or(raw);
     let value = value.trim_matches(is_wrapper);
-    let value = value.strip_prefix(r"\(").unwrap_or(value).trim_matches(is_wrapper);
+    let value = value
+        .strip_prefix(r"\(")
+        .unwrap_or(value)
+        .trim_matches(is_wrapper);
     if let Some(number) = number_with_unit(value) {
         return number.to_string();
     }
@@ -162,13 +178,26 @@ fn is_unit(rest: &str) -> bool {
 
 /// Text without the LaTeX and Markdown that only dresses it.
 fn clean_text(text: &str) -> String {
-    let bare = unwrap_commands(text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac");
-    let bare = replace_each(&bare, &[r"\left", r"\right", r"\!", r"\(", r"\)", "$", "*", "`"], "");
+    let bare = unwrap_commands(text)
+        .replace(r"\dfrac", r"\frac")
+        .replace(r"\tfrac", r"\frac");
+    let bare = replace_each(
+        &bare,
+        &[r"\left", r"\right", r"\!", r"\(", r"\)", "$", "*", "`"],
+        "",
+    );
     let bare = replace_each(&bare, &[r"\,", r"\;", r"\:", r"\ ", "~"], " ");
     let bare = bare.split_whitespace().collect::<Vec<_>>().join(" ");
     let bare = bare.trim_end_matches('.').trim();
-    let inner = bare.strip_prefix('(').and_then(|b| b.strip_suffix(')')).unwrap_or(bare);
-    if inner.chars().count() == 1 { inner.to_owned() } else { bare.to_owned() }
+    let inner = bare
+        .strip_prefix('(')
+        .and_then(|b| b.strip_suffix(')'))
+        .unwrap_or(bare);
+    if inner.chars().count() == 1 {
+        inner.to_owned()
+    } else {
+        bare.to_owned()
+    }
 }
 
 /// `\text{X}` and its kin read ` X`.
@@ -177,15 +206,24 @@ fn unwrap_commands(text: &str) -> String {
     for command in [r"\text{", r"\textbf{", r"\mathrm{", r"\mathbf{", r"\mbox{"] {
         while let Some(at) = out.find(command) {
             let body = at + command.len();
-            let Some(end) = balanced_end(&out[body..]) else { break };
-            out = format!("{} {}{}", &out[..at], &out[body..body + end], &out[body + end + 1..]);
+            let Some(end) = balanced_end(&out[body..]) else {
+                break;
+            };
+            out = format!(
+                "{} {}{}",
+                &out[..at],
+                &out[body..body + end],
+                &out[body + end + 1..]
+            );
         }
     }
     out
 }
 
 fn replace_each(text: &str, patterns: &[&str], with: &str) -> String {
-    patterns.iter().fold(text.to_owned(), |text, pattern| text.replace(pattern, with))
+    patterns
+        .iter()
+        .fold(text.to_owned(), |text, pattern| text.replace(pattern, with))
 }
 
 /// Where the brace that closes `text`, whose opening brace was just passed, is.
@@ -207,10 +245,19 @@ fn balanced_end(text: &str) -> Option<usize> {
 
 fn boxed(text: &str) -> Option<Found> {
     let mut end = text.len();
-    while let Some(at) = text[..end].rfind(r"\boxed").max(text[..end].rfind(r"\fbox")) {
+    while let Some(at) = text[..end]
+        .rfind(r"\boxed")
+        .max(text[..end].rfind(r"\fbox"))
+    {
         end = at;
-        let name = if text[at..].starts_with(r"\boxed") { r"\boxed" } else { r"\fbox" };
-        let Some(span) = box_content(text, at + name.len()) else { continue };
+        let name = if text[at..].starts_with(r"\boxed") {
+            r"\boxed"
+        } else {
+            r"\fbox"
+        };
+        let Some(span) = box_content(text, at + name.len()) else {
+            continue;
+        };
         let answer = canonical(&text[span.clone()]);
         if !answer.is_empty() {
             return Some(Found { answer, span });
@@ -255,7 +302,10 @@ fn hashes(text: &str) -> Option<Found> {
         // "#### 2. Add the apples" is a heading, "#### 2 apples" an answer.
         let answers = Number::parse(&answer).is_some() || is_choice(&answer);
         let start = offset + at + (line[at..].len() - line[at..].trim_start().len());
-        answers.then(|| Found { answer, span: start..start + raw.len() })
+        answers.then(|| Found {
+            answer,
+            span: start..start + raw.len(),
+        })
     })
 }
 
@@ -319,8 +369,10 @@ fn stated(text: &str, from: usize) -> Option<Found> {
     // "The answer is a number" is no choice.
     let ends = trimmed[1..].trim_start_matches(dressing);
     let stops = trimmed.len() == 1 || !trimmed[1..].starts_with(' ') || ends.is_empty();
-    (is_choice(letter) && alone && stops)
-        .then(|| Found { answer: letter.to_owned(), span: at..at + 1 })
+    (is_choice(letter) && alone && stops).then(|| Found {
+        answer: letter.to_owned(),
+        span: at..at + 1,
+    })
 }
 
 /// `text` up to its first line end or full stop.
@@ -335,7 +387,8 @@ fn sentence(text: &str) -> &str {
 }
 
 fn last_number(text: &str) -> Option<Found> {
-    find_numbers(text)
-        .pop()
-        .map(|(number, span)| Found { answer: number.to_string(), span })
+    find_numbers(text).pop().map(|(number, span)| Found {
+        answer: number.to_string(),
+        span,
+    })
 }

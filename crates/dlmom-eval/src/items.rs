@@ -138,8 +138,10 @@ pub enum ItemsError {
 /// # Errors
 /// [`ItemsError`], naming file, line and field.
 pub fn load_gsm8k(path: &Path) -> Result<ItemSet, ItemsError> {
-    let bytes = std::fs::read(path)
-        .map_err(|source| ItemsError::Read { file: path.to_owned(), source })?;
+    let bytes = std::fs::read(path).map_err(|source| ItemsError::Read {
+        file: path.to_owned(),
+        source,
+    })?;
     parse_gsm8k(path, &bytes)
 }
 
@@ -173,9 +175,14 @@ pub fn parse_gsm8k(file: &Path, bytes: &[u8]) -> Result<ItemSet, ItemsError> {
         items.push(item);
     }
     if items.is_empty() {
-        return Err(ItemsError::Empty { file: file.to_owned() });
+        return Err(ItemsError::Empty {
+            file: file.to_owned(),
+        });
     }
-    Ok(ItemSet { items, data_sha256: sha256_hex(bytes) })
+    Ok(ItemSet {
+        items,
+        data_sha256: sha256_hex(bytes),
+    })
 }
 
 fn parse_row(file: &Path, line: usize, raw: &str) -> Result<Item, ItemsError> {
@@ -186,12 +193,18 @@ fn parse_row(file: &Path, line: usize, raw: &str) -> Result<Item, ItemsError> {
         message: without_position(&e),
     })?;
     let Value::Object(row) = &value else {
-        return Err(ItemsError::NotObject { file: file.to_owned(), line, found: kind(&value) });
+        return Err(ItemsError::NotObject {
+            file: file.to_owned(),
+            line,
+            found: kind(&value),
+        });
     };
     let question = text_field(file, line, row, "question")?.to_owned();
     let answer = text_field(file, line, row, "answer")?;
-    let gold = gold_of(answer)
-        .ok_or_else(|| ItemsError::NoGold { file: file.to_owned(), line })?;
+    let gold = gold_of(answer).ok_or_else(|| ItemsError::NoGold {
+        file: file.to_owned(),
+        line,
+    })?;
     let id = match own_id(file, line, row)? {
         Some(id) => id,
         None => sha256_hex(canonical_json(&value).as_bytes())[..32].to_owned(),
@@ -208,7 +221,11 @@ fn own_id(
         match row.get(field) {
             None | Some(Value::Null) => {}
             Some(Value::String(id)) if id.trim().is_empty() => {
-                return Err(ItemsError::EmptyField { file: file.to_owned(), line, field });
+                return Err(ItemsError::EmptyField {
+                    file: file.to_owned(),
+                    line,
+                    field,
+                });
             }
             Some(Value::String(id)) => return Ok(Some(id.clone())),
             Some(Value::Number(id)) if id.is_i64() || id.is_u64() => {
@@ -235,10 +252,16 @@ fn text_field<'a>(
     field: &'static str,
 ) -> Result<&'a str, ItemsError> {
     match row.get(field) {
-        None => Err(ItemsError::MissingField { file: file.to_owned(), line, field }),
-        Some(Value::String(text)) if text.trim().is_empty() => {
-            Err(ItemsError::EmptyField { file: file.to_owned(), line, field })
-        }
+        None => Err(ItemsError::MissingField {
+            file: file.to_owned(),
+            line,
+            field,
+        }),
+        Some(Value::String(text)) if text.trim().is_empty() => Err(ItemsError::EmptyField {
+            file: file.to_owned(),
+            line,
+            field,
+        }),
         Some(Value::String(text)) => Ok(text),
         Some(other) => Err(ItemsError::FieldType {
             file: file.to_owned(),
@@ -325,7 +348,13 @@ mod tests {
 
     #[test]
     fn a_byte_order_mark_is_no_part_of_the_first_row() {
-        assert_eq!(parse(&format!("\u{feff}{}", row("q", "#### 1"))).unwrap().items.len(), 1);
+        assert_eq!(
+            parse(&format!("\u{feff}{}", row("q", "#### 1")))
+                .unwrap()
+                .items
+                .len(),
+            1
+        );
     }
 
     #[test]
@@ -351,12 +380,19 @@ mod tests {
 {"id": 1, "question": "r", "answer": "a #### 2"}"#
                 .to_owned(),
         ];
-        let said: Vec<String> =
-            cases.iter().map(|text| parse(text).unwrap_err().to_string()).collect();
+        let said: Vec<String> = cases
+            .iter()
+            .map(|text| parse(text).unwrap_err().to_string())
+            .collect();
         insta::assert_snapshot!(said.join("\n"));
         let error = parse_gsm8k(Path::new("data.jsonl"), b"{}\n\xff").unwrap_err();
         assert_eq!(error.to_string(), "data.jsonl:2: not UTF-8 text");
         let error = load_gsm8k(Path::new("no-such-file.jsonl")).unwrap_err();
-        assert!(error.to_string().starts_with("no-such-file.jsonl: cannot read: "), "{error}");
+        assert!(
+            error
+                .to_string()
+                .starts_with("no-such-file.jsonl: cannot read: "),
+            "{error}"
+        );
     }
 }

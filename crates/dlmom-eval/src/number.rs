@@ -38,7 +38,10 @@ impl Number {
         }
         let divisor = i128::try_from(gcd(num.unsigned_abs(), den.unsigned_abs())).ok()?;
         let sign = den.signum();
-        Some(Self::Ratio { num: (num / divisor).checked_mul(sign)?, den: (den / divisor).abs() })
+        Some(Self::Ratio {
+            num: (num / divisor).checked_mul(sign)?,
+            den: (den / divisor).abs(),
+        })
     }
 
     fn decimal(integer: &str, fraction: &str) -> Self {
@@ -59,9 +62,15 @@ impl Number {
     fn negate(self) -> Self {
         match self {
             Self::Ratio { num, den } => Self::Ratio { num: -num, den },
-            Self::Digits { negative, integer, fraction } => {
-                Self::Digits { negative: !negative, integer, fraction }
-            }
+            Self::Digits {
+                negative,
+                integer,
+                fraction,
+            } => Self::Digits {
+                negative: !negative,
+                integer,
+                fraction,
+            },
         }
     }
 
@@ -90,7 +99,11 @@ impl fmt::Display for Number {
                 }
                 None => write!(f, "{num}/{den}"),
             },
-            Self::Digits { negative, integer, fraction } => {
+            Self::Digits {
+                negative,
+                integer,
+                fraction,
+            } => {
                 let sign = if *negative { "-" } else { "" };
                 let integer = if integer.is_empty() { "0" } else { integer };
                 let point = if fraction.is_empty() { "" } else { "." };
@@ -148,9 +161,18 @@ pub fn scan(text: &str) -> Option<(Number, usize)> {
     }
     let (number, len) = scan_unsigned(&text[at..])?;
     at += len;
-    let percent = [r"\%", " %", r" \%", "%"].iter().find(|p| text[at..].starts_with(**p));
+    let percent = [r"\%", " %", r" \%", "%"]
+        .iter()
+        .find(|p| text[at..].starts_with(**p));
     at += percent.map_or(0, |p| p.len());
-    Some((if sign == Some(true) { number.negate() } else { number }, at))
+    Some((
+        if sign == Some(true) {
+            number.negate()
+        } else {
+            number
+        },
+        at,
+    ))
 }
 
 fn sign_prefix(text: &str) -> Option<(bool, usize)> {
@@ -162,7 +184,9 @@ fn sign_prefix(text: &str) -> Option<(bool, usize)> {
 }
 
 fn currency_prefix(text: &str) -> Option<usize> {
-    let symbol = [r"\$", "$", "€", "£"].into_iter().find(|s| text.starts_with(*s))?;
+    let symbol = [r"\$", "$", "€", "£"]
+        .into_iter()
+        .find(|s| text.starts_with(*s))?;
     let space = usize::from(text[symbol.len()..].starts_with(' '));
     Some(symbol.len() + space)
 }
@@ -200,8 +224,9 @@ fn scan_integer(text: &str) -> (String, usize) {
     if first.is_empty() || first.len() > 3 {
         return (digits, at);
     }
-    while let Some(separator) =
-        ["{,}", ",\\!", "\\,", ","].into_iter().find(|s| text[at..].starts_with(*s))
+    while let Some(separator) = ["{,}", ",\\!", "\\,", ","]
+        .into_iter()
+        .find(|s| text[at..].starts_with(*s))
     {
         let group = leading_digits(&text[at + separator.len()..]);
         if group.len() != 3 {
@@ -235,16 +260,16 @@ fn mixed_part(rest: &str) -> Option<(Number, usize)> {
     let num = leading_digits(&rest[1..]);
     let (number, len) = slash_fraction(num, &rest[1 + num.len()..])?;
     match number {
-        Number::Ratio { num: p, den: q } if p > 0 && p < q => {
-            Some((number, 1 + num.len() + len))
-        }
+        Number::Ratio { num: p, den: q } if p > 0 && p < q => Some((number, 1 + num.len() + len)),
         _ => None,
     }
 }
 
 /// `\frac{p}{q}`, `\dfrac12`, ...
 fn latex_fraction(text: &str) -> Option<(Number, usize)> {
-    let name = [r"\frac", r"\dfrac", r"\tfrac"].into_iter().find(|n| text.starts_with(*n))?;
+    let name = [r"\frac", r"\dfrac", r"\tfrac"]
+        .into_iter()
+        .find(|n| text.starts_with(*n))?;
     let (num, first) = latex_argument(&text[name.len()..])?;
     let (den, second) = latex_argument(&text[name.len() + first..])?;
     Some((Number::ratio(num, den)?, name.len() + first + second))
@@ -255,7 +280,10 @@ fn latex_argument(text: &str) -> Option<(i128, usize)> {
     let space = text.len() - trimmed.len();
     if let Some(braced) = trimmed.strip_prefix('{') {
         let end = braced.find('}')?;
-        let body = braced[..end].trim().replace(',', "").replace('\u{2212}', "-");
+        let body = braced[..end]
+            .trim()
+            .replace(',', "")
+            .replace('\u{2212}', "-");
         return Some((body.parse().ok()?, space + end + 2));
     }
     let digit = trimmed.chars().next()?.to_digit(10)?;
@@ -263,7 +291,10 @@ fn latex_argument(text: &str) -> Option<(i128, usize)> {
 }
 
 fn leading_digits(text: &str) -> &str {
-    let end = text.bytes().position(|b| !b.is_ascii_digit()).unwrap_or(text.len());
+    let end = text
+        .bytes()
+        .position(|b| !b.is_ascii_digit())
+        .unwrap_or(text.len());
     &text[..end]
 }
 
@@ -308,7 +339,9 @@ fn no_quantity(rest: &str) -> Option<usize> {
             return Some(here + no_quantity(&rest[here..]).unwrap_or(0));
         }
     }
-    let ordinal = ["st", "nd", "rd", "th"].into_iter().find(|o| rest.starts_with(*o))?;
+    let ordinal = ["st", "nd", "rd", "th"]
+        .into_iter()
+        .find(|o| rest.starts_with(*o))?;
     let boundary = !rest[ordinal.len()..].starts_with(char::is_alphanumeric);
     boundary.then_some(ordinal.len())
 }
@@ -360,7 +393,9 @@ mod tests {
         ] {
             assert_eq!(canonical(text).as_deref(), Some(expected), "{text}");
         }
-        for text in ["", "x", "1,2", "(1,2)", "1-2", "1/0", "2x", "1 2", "--1", "$", "1.2.3"] {
+        for text in [
+            "", "x", "1,2", "(1,2)", "1-2", "1/0", "2x", "1 2", "--1", "$", "1.2.3",
+        ] {
             assert_eq!(canonical(text), None, "{text}");
         }
     }
@@ -369,15 +404,24 @@ mod tests {
     fn digits_beyond_128_bits_compare_exactly() {
         let long = "9".repeat(60);
         assert_eq!(canonical(&long).as_deref(), Some(long.as_str()));
-        assert_eq!(Number::parse(&format!("00{long}.000")), Number::parse(&long));
+        assert_eq!(
+            Number::parse(&format!("00{long}.000")),
+            Number::parse(&long)
+        );
         assert_ne!(Number::parse(&format!("{long}.1")), Number::parse(&long));
-        assert_eq!(canonical(&format!("-{long}.10")), Some(format!("-{long}.1")));
+        assert_eq!(
+            canonical(&format!("-{long}.10")),
+            Some(format!("-{long}.1"))
+        );
     }
 
     #[test]
     fn prose_numbers_are_found_where_a_reader_would() {
         let all = |text: &str| -> Vec<String> {
-            find_numbers(text).into_iter().map(|(n, _)| n.to_string()).collect()
+            find_numbers(text)
+                .into_iter()
+                .map(|(n, _)| n.to_string())
+                .collect()
         };
         assert_eq!(all("10-5 = 5, so -5 or (3)"), ["10", "5", "5", "-5", "3"]);
         assert_eq!(all("from 1:00 PM to 12:30:15, 8 left"), ["8"]);

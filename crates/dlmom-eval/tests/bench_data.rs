@@ -15,7 +15,10 @@ fn shared() -> PathBuf {
 fn gsm8k_loads_and_every_gold_is_found_in_its_own_solution() {
     let file = shared().join("bench-data/gsm8k_test.jsonl");
     if !file.is_file() {
-        eprintln!("skipped: {} is not there (set DLMOM_SHARED)", file.display());
+        eprintln!(
+            "skipped: {} is not there (set DLMOM_SHARED)",
+            file.display()
+        );
         return;
     }
     let set = load_gsm8k(&file).unwrap();
@@ -25,9 +28,17 @@ fn gsm8k_loads_and_every_gold_is_found_in_its_own_solution() {
         let row: serde_json::Value = serde_json::from_str(line).unwrap();
         let verdict = score(&item.gold, &extract(row["answer"].as_str().unwrap()));
         assert!(verdict.correct, "{line}");
-        for style in ["\\boxed{X}", "The answer is $X.", "so she has X left", "\\boxed{\\$X.00}"] {
+        for style in [
+            "\\boxed{X}",
+            "The answer is $X.",
+            "so she has X left",
+            "\\boxed{\\$X.00}",
+        ] {
             let text = style.replace('X', &item.gold);
-            assert!(score(&item.gold, &extract(&text)).correct_flexible, "{text}");
+            assert!(
+                score(&item.gold, &extract(&text)).correct_flexible,
+                "{text}"
+            );
         }
     }
 }

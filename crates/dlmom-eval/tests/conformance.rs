@@ -136,7 +136,10 @@ fn spans_point_at_the_answer() {
 #[test]
 fn equality_is_exact_and_never_between_kinds() {
     assert!(answers_equal("0.1", "1/10"));
-    assert!(!answers_equal("0.1", "0.1000000000000000055511151231257827"));
+    assert!(!answers_equal(
+        "0.1",
+        "0.1000000000000000055511151231257827"
+    ));
     assert!(!answers_equal("0.333333", "1/3"));
     assert!(!answers_equal("1", "one"));
     assert!(!answers_equal("", ""));

@@ -222,16 +222,32 @@ impl Head {
     fn mixed(&self, other: &Self, file: &Path) -> FoldError {
         let show = |d: bool| if d { "deterministic" } else { "random" }.to_owned();
         let fields = [
-            ("experiment", self.experiment.clone(), other.experiment.clone()),
+            (
+                "experiment",
+                self.experiment.clone(),
+                other.experiment.clone(),
+            ),
             ("suite", self.suite.clone(), other.suite.clone()),
             ("bench", self.bench.clone(), other.bench.clone()),
-            ("config_hash", self.config_hash.clone(), other.config_hash.clone()),
+            (
+                "config_hash",
+                self.config_hash.clone(),
+                other.config_hash.clone(),
+            ),
             ("draws", show(self.deterministic), show(other.deterministic)),
         ];
-        let (field, a, b) = fields.into_iter().find(|(_, a, b)| a != b).unwrap_or_default();
+        let (field, a, b) = fields
+            .into_iter()
+            .find(|(_, a, b)| a != b)
+            .unwrap_or_default();
         // Which thread came first must not show.
         let (first, second) = if a <= b { (a, b) } else { (b, a) };
-        FoldError::Mixed { file: file.to_owned(), field, first, second }
+        FoldError::Mixed {
+            file: file.to_owned(),
+            field,
+            first,
+            second,
+        }
     }
 }
 
@@ -267,7 +283,9 @@ pub fn read_cell_in_chunks(file: &Path, chunk: u64) -> Result<CellRows, FoldErro
         Ok(())
     })?;
     let Some(head) = first.into_inner() else {
-        return Err(FoldError::Empty { file: file.to_owned() });
+        return Err(FoldError::Empty {
+            file: file.to_owned(),
+        });
     };
     Ok(CellRows {
         experiment: head.experiment,
@@ -360,23 +378,35 @@ fn for_each_chunk<T: Send>(
     parse: &Parser<'_, T>,
     mut take: impl FnMut(Vec<T>) -> Result<(), FoldError>,
 ) -> Result<Vec<String>, FoldError> {
-    let read = |source| FoldError::Read { file: file.to_owned(), source };
+    let read = |source| FoldError::Read {
+        file: file.to_owned(),
+        source,
+    };
     let ranges = line_ranges(file, chunk.max(1)).map_err(read)?;
-    let parsed: Vec<std::io::Result<Chunk<T>>> =
-        ranges.into_par_iter().map(|range| parse_range(file, range, parse)).collect();
+    let parsed: Vec<std::io::Result<Chunk<T>>> = ranges
+        .into_par_iter()
+        .map(|range| parse_range(file, range, parse))
+        .collect();
     let mut warnings = Vec::new();
     for chunk in parsed {
         let chunk = chunk.map_err(read)?;
         take(chunk.values)?;
         if let Some((offset, line, error)) = chunk.error {
-            let column = error.column();
-            let at = field_at(&line, column).map_or_else(String::new, |f| format!("field `{f}`: "));
+            let column = error.column().max(1);
+            let message = bare_message(&error);
+            // A missing field is named by the parser, and is nowhere in the line.
+            let at = match field_at(&line, column) {
+                Some(field) if !message.starts_with("missing field") => {
+                    format!("field `{field}`: ")
+                }
+                _ => String::new(),
+            };
             return Err(FoldError::Malformed {
                 file: file.to_owned(),
                 line: 1 + count_line_ends(file, offset).map_err(read)?,
                 column,
                 at,
-                message: bare_message(&error),
+                message,
             });
         }
         if let Some(bytes) = chunk.torn {
@@ -417,7 +447,11 @@ fn parse_range<T>(
     file.seek(SeekFrom::Start(range.start))?;
     let mut bytes = Vec::with_capacity((range.end - range.start) as usize);
     file.take(range.end - range.start).read_to_end(&mut bytes)?;
-    let mut chunk = Chunk { values: Vec::new(), error: None, torn: None };
+    let mut chunk = Chunk {
+        values: Vec::new(),
+        error: None,
+        torn: None,
+    };
     let mut offset = range.start;
     for piece in bytes.split_inclusive(|b| *b == b'\n') {
         let whole = piece.last() == Some(&b'\n');
@@ -489,5 +523,7 @@ pub(crate) fn bare_message(error: &serde_json::Error) -> String {
 
 /// Index of rows by item: ranges of a vector sorted by item.
 pub(crate) fn by_item(rows: &[Slim]) -> HashMap<&str, &[Slim]> {
-    rows.chunk_by(|a, b| a.item == b.item).map(|group| (&*group[0].item, group)).collect()
+    rows.chunk_by(|a, b| a.item == b.item)
+        .map(|group| (&*group[0].item, group))
+        .collect()
 }

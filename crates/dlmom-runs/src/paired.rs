@@ -49,7 +49,9 @@ pub fn compare(cell: &CellRows, reference: &CellRows) -> Option<Paired> {
     let mut strict = Tally::default();
     let mut flexible = Tally::default();
     for group in cell.rows.chunk_by(|a, b| a.item == b.item) {
-        let Some(other) = theirs.get(&*group[0].item) else { continue };
+        let Some(other) = theirs.get(&*group[0].item) else {
+            continue;
+        };
         let pairs: Vec<(&Slim, &Slim)> = group
             .iter()
             .flat_map(|a| other.iter().map(move |b| (a, b)))

@@ -12,8 +12,13 @@ use crate::registry::Experiment;
 pub const ROW_SCHEMA_VERSION: u32 = 1;
 
 /// Fields that depend on when and where a row was made, not on what it holds.
-pub const VOLATILE_FIELDS: [&str; 5] =
-    ["latency_s", "peak_device_bytes", "peak_rss_bytes", "batch_size", "started_at"];
+pub const VOLATILE_FIELDS: [&str; 5] = [
+    "latency_s",
+    "peak_device_bytes",
+    "peak_rss_bytes",
+    "batch_size",
+    "started_at",
+];
 
 /// Why a sample has no answer to grade.
 #[derive(
@@ -33,8 +38,12 @@ pub enum Failure {
 
 impl Failure {
     /// All labels, in the order of tables.
-    pub const ALL: [Self; 4] =
-        [Self::NanInf, Self::Timeout, Self::ParseFailure, Self::BackendError];
+    pub const ALL: [Self; 4] = [
+        Self::NanInf,
+        Self::Timeout,
+        Self::ParseFailure,
+        Self::BackendError,
+    ];
 
     /// The label in files.
     #[must_use]
@@ -223,11 +232,7 @@ impl RawRow {
     ///
     /// # Errors
     /// [`RowError`].
-    pub fn new(
-        context: &RowContext<'_>,
-        outcome: &Outcome,
-        item: &Item,
-    ) -> Result<Self, RowError> {
+    pub fn new(context: &RowContext<'_>, outcome: &Outcome, item: &Item) -> Result<Self, RowError> {
         if outcome.key.item_id != item.id {
             return Err(RowError::WrongItem {
                 outcome: outcome.key.item_id.clone(),
@@ -239,7 +244,12 @@ impl RawRow {
                 return Ok(value);
             }
             let JobKey { item_id, seed, .. } = outcome.key.clone();
-            Err(RowError::NonFinite { item_id, seed, field, value })
+            Err(RowError::NonFinite {
+                item_id,
+                seed,
+                field,
+                value,
+            })
         };
         let numeric_failure = outcome.stop == Stop::NanInf;
         // Means over the steps of a sample that met NaN or Inf may be such themselves; the label says so.
@@ -301,7 +311,11 @@ impl RawRow {
     /// The identity of the sample within its experiment.
     #[must_use]
     pub fn key(&self) -> JobKey {
-        JobKey { item_id: self.item_id.clone(), seed: self.seed, sample: self.sample }
+        JobKey {
+            item_id: self.item_id.clone(),
+            seed: self.seed,
+            sample: self.sample,
+        }
     }
 
     /// The row without [`VOLATILE_FIELDS`]: equal for two runs of one configuration.

@@ -22,5 +22,8 @@ pub fn schemas() -> Result<Vec<(&'static str, String)>, serde_json::Error> {
 }
 
 fn root<T: schemars::JsonSchema>() -> Value {
-    SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<T>().into()
+    SchemaSettings::draft2020_12()
+        .into_generator()
+        .into_root_schema_for::<T>()
+        .into()
 }

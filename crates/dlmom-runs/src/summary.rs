@@ -34,9 +34,11 @@ impl Seeds {
     pub fn label(&self) -> String {
         match self {
             Self::Word(_) => "deterministic".to_owned(),
-            Self::List(seeds) => {
-                seeds.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
-            }
+            Self::List(seeds) => seeds
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join(" "),
         }
     }
 }
@@ -257,7 +259,11 @@ pub fn summarize(
                 let hist = entropy.as_ref().map(|e| &e.hist);
                 let normalized = hist.and_then(|h| hist_quantile(h, 1.0 - coverage));
                 let nats = normalized.zip(ln_vocab).map(|(alpha, ln_v)| alpha * ln_v);
-                AlphaFor { coverage, normalized, nats }
+                AlphaFor {
+                    coverage,
+                    normalized,
+                    nats,
+                }
             })
             .collect(),
         entropy,
@@ -294,8 +300,12 @@ fn accuracy(cell: &CellRows, right: impl Fn(&Slim) -> bool) -> Option<Accuracy> 
     let mut per_seed = Vec::new();
     if let Seeds::List(seeds) = seeds(cell) {
         for seed in seeds {
-            let of_seed: Vec<f64> =
-                cell.rows.iter().filter(|r| r.seed == seed).map(score).collect();
+            let of_seed: Vec<f64> = cell
+                .rows
+                .iter()
+                .filter(|r| r.seed == seed)
+                .map(score)
+                .collect();
             per_seed.extend(mean(&of_seed).map(|m| (seed, m)));
         }
     }
@@ -321,7 +331,10 @@ fn item_mean(rows: &[Slim], value: impl Fn(&Slim) -> f64) -> Option<Mean> {
     let centre = mean(&means)?;
     let ci = sample_std(&means).map(|s| {
         let half = 1.96 * s / (means.len() as f64).sqrt();
-        Interval { lo: centre - half, hi: centre + half }
+        Interval {
+            lo: centre - half,
+            hi: centre + half,
+        }
     });
     Some(Mean { value: centre, ci })
 }
@@ -343,7 +356,11 @@ fn quantiles(rows: &[Slim], value: impl Fn(&Slim) -> f64) -> Option<Quantiles> {
 fn bytes(rows: &[Slim], steps: u64, solved: usize, value: impl Fn(&Slim) -> u64) -> Bytes {
     let total: u64 = rows.iter().map(value).sum();
     let per = |count: u64| (count > 0).then(|| total as f64 / count as f64);
-    Bytes { total, per_step: per(steps), per_solved: per(solved as u64) }
+    Bytes {
+        total,
+        per_step: per(steps),
+        per_solved: per(solved as u64),
+    }
 }
 
 fn entropy(rows: &[Slim]) -> Option<Entropy> {
@@ -358,7 +375,10 @@ fn entropy(rows: &[Slim]) -> Option<Entropy> {
     Some(Entropy {
         mean: mean(&spreads.iter().map(|s| s.mean).collect::<Vec<_>>())?,
         min: spreads.iter().map(|s| s.min).fold(f64::INFINITY, f64::min),
-        max: spreads.iter().map(|s| s.max).fold(f64::NEG_INFINITY, f64::max),
+        max: spreads
+            .iter()
+            .map(|s| s.max)
+            .fold(f64::NEG_INFINITY, f64::max),
         quantiles: [0.1, 0.5, 0.9].map(|q| hist_quantile(&hist, q)),
         hist,
     })
@@ -391,8 +411,10 @@ pub fn hist_quantile(hist: &[u64], q: f64) -> Option<f64> {
 
 /// Seconds in which at least one sample ran: the length of the union of the rows' intervals.
 fn busy_seconds(rows: &[Slim]) -> f64 {
-    let mut spans: Vec<(f64, f64)> =
-        rows.iter().map(|r| (r.started_at, r.started_at + r.latency_s)).collect();
+    let mut spans: Vec<(f64, f64)> = rows
+        .iter()
+        .map(|r| (r.started_at, r.started_at + r.latency_s))
+        .collect();
     spans.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
     let mut busy = 0.0;
     let mut covered = f64::NEG_INFINITY;

@@ -31,22 +31,40 @@ pub fn from_str<T: DeserializeOwned>(file: &str, text: &str) -> Result<T, YamlEr
         strict_booleans: true,
         with_snippet: false,
     };
-    serde_saphyr::from_str_with_options(text, options).map_err(|error| explain(file, &error))
+    serde_saphyr::from_str_with_options(text, options).map_err(|error| explain(file, text, &error))
 }
 
-fn explain(file: &str, error: &SaphyrError) -> YamlError {
+fn explain(file: &str, text: &str, error: &SaphyrError) -> YamlError {
     let error = error.without_snippet();
     let location = error.location();
     let message = match error {
-        SaphyrError::SerdeUnknownField { field, expected, .. } => {
+        SaphyrError::SerdeUnknownField {
+            field, expected, ..
+        } => {
             let known = expected.join(", ");
-            format!("unknown key `{field}`{}; known: {known}", hint(field, expected.iter().copied()))
+            format!(
+                "unknown key `{field}`{}; known: {known}",
+                hint(field, expected.iter().copied())
+            )
         }
-        SaphyrError::SerdeUnknownVariant { variant, expected, .. } => {
+        SaphyrError::SerdeUnknownVariant {
+            variant, expected, ..
+        } => {
             let known = expected.join(", ");
             format!(
                 "unknown value `{variant}`{}; known: {known}",
                 hint(variant, expected.iter().copied())
+            )
+        }
+        SaphyrError::DuplicateMappingKey { key: Some(key), .. } => {
+            format!("key `{key}` is there twice")
+        }
+        SaphyrError::InvalidScalar { .. } => {
+            let token = location.and_then(|l| token_at(text, l.line(), l.column()));
+            format!(
+                "{}{}",
+                one_line(&error.to_string()),
+                token.unwrap_or_default()
             )
         }
         other => one_line(&other.to_string()),
@@ -59,10 +77,27 @@ fn explain(file: &str, error: &SaphyrError) -> YamlError {
     }
 }
 
+/// " `token`" that starts at a place of the text, up to what ends a plain scalar.
+fn token_at(text: &str, line: u64, column: u64) -> Option<String> {
+    let line = text
+        .lines()
+        .nth(usize::try_from(line.checked_sub(1)?).ok()?)?;
+    let rest: String = line
+        .chars()
+        .skip(usize::try_from(column.checked_sub(1)?).ok()?)
+        .collect();
+    let token = rest.split([',', '}', ']', '#']).next()?.trim();
+    (!token.is_empty()).then(|| format!(" `{token}`"))
+}
+
 /// The first line of the parser's words, without the position it repeats.
 fn one_line(text: &str) -> String {
     let line = text.lines().next().unwrap_or(text);
-    line.split(" at line ").next().unwrap_or(line).trim_end_matches(':').to_owned()
+    line.split(" at line ")
+        .next()
+        .unwrap_or(line)
+        .trim_end_matches(':')
+        .to_owned()
 }
 
 /// Writes one YAML document that [`from_str`] and PyYAML read back alike.

@@ -1,4 +1,5 @@
 //! Aggregation: equal to a naive fold, whatever the order, chunks and threads.
+#![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
 mod common;
 
@@ -42,12 +43,21 @@ fn example(folder: &Path) {
     };
     let dir = RunDir::open(folder, &plan, manifest, false).expect("a fresh folder");
     let reference = experiment("REF");
-    let rows: Vec<RawRow> =
-        (0..12).map(|i| row(&reference, i, 0, (i % 2 == 0).then_some(i), 0)).collect();
+    let rows: Vec<RawRow> = (0..12)
+        .map(|i| row(&reference, i, 0, (i % 2 == 0).then_some(i), 0))
+        .collect();
     write_rows(&dir.raw_path("REF"), &rows);
     let noisy = experiment("A1.2");
     let rows: Vec<RawRow> = (0..24)
-        .map(|i| row(&noisy, i / 2, i % 2, Some(if i / 2 % 3 == 0 { 99 } else { i / 2 }), 3))
+        .map(|i| {
+            row(
+                &noisy,
+                i / 2,
+                i % 2,
+                Some(if i / 2 % 3 == 0 { 99 } else { i / 2 }),
+                3,
+            )
+        })
         .collect();
     write_rows(&dir.raw_path("A1.2"), &rows);
 }
@@ -64,7 +74,10 @@ fn tables_hold_runs_aliases_and_skipped_cells() {
     assert!(all.warnings.is_empty(), "{:?}", all.warnings);
     insta::assert_snapshot!("tidy_csv", shown(folder.path(), &all.tidy_csv()));
     insta::assert_snapshot!("wide_csv", shown(folder.path(), &all.wide_csv()));
-    let latex = all.latex().replace(&folder.path().display().to_string().replace('_', "\\_"), "RUN");
+    let latex = all.latex().replace(
+        &folder.path().display().to_string().replace('_', "\\_"),
+        "RUN",
+    );
     insta::assert_snapshot!("latex", latex);
 }
 
@@ -78,14 +91,23 @@ fn figures_are_those_of_a_hand_count() {
         cell.summary.clone().unwrap()
     };
     let reference = of("REF");
-    assert_eq!((reference.n, reference.n_items, reference.accuracy.value), (12, 12, 0.5));
+    assert_eq!(
+        (reference.n, reference.n_items, reference.accuracy.value),
+        (12, 12, 0.5)
+    );
     assert_eq!(reference.accuracy.ci, wilson(0.5, 12).unwrap());
     assert_eq!(reference.failures["parse_failure"], 6);
     assert_eq!(reference.seeds.label(), "deterministic");
-    assert_eq!((reference.latent_coverage, reference.versus_ref), (Some(0.0), None));
+    assert_eq!(
+        (reference.latent_coverage, reference.versus_ref),
+        (Some(0.0), None)
+    );
     assert!(!reference.inert);
     let noisy = of("A1.2");
-    assert_eq!((noisy.n, noisy.n_items, noisy.seeds.label()), (24, 12, "0 1".to_owned()));
+    assert_eq!(
+        (noisy.n, noisy.n_items, noisy.seeds.label()),
+        (24, 12, "0 1".to_owned())
+    );
     assert!((noisy.accuracy.value - 8.0 / 12.0).abs() < 1e-12);
     // The interval is over items: two seeds of one item are one trial.
     assert_eq!(noisy.accuracy.ci, wilson(noisy.accuracy.value, 12).unwrap());
@@ -93,7 +115,10 @@ fn figures_are_those_of_a_hand_count() {
     assert_eq!(noisy.latent_coverage, Some(3.0 / 8.0));
     assert_eq!(noisy.latent_segments, BTreeMap::from([(3, 24)]));
     assert_eq!((noisy.switches.p50, noisy.switches.max), (1.0, 1.0));
-    assert_eq!((noisy.uplink.per_step, noisy.uplink.per_solved), (Some(50.0), Some(600.0)));
+    assert_eq!(
+        (noisy.uplink.per_step, noisy.uplink.per_solved),
+        (Some(50.0), Some(600.0))
+    );
     // Better on 1, 5, 7, 11; worse on 0, 6.
     let versus = noisy.versus_ref.unwrap();
     assert_eq!((versus.shared_items, versus.shared_rows), (12, 24));
@@ -101,12 +126,17 @@ fn figures_are_those_of_a_hand_count() {
     assert!((versus.strict.delta - 2.0 / 12.0).abs() < 1e-12);
     assert_eq!(versus.strict.p_value, mcnemar_exact(4, 2));
     assert_eq!(versus.strict.p_adjusted, Some(mcnemar_exact(4, 2)));
-    assert!((versus.strict.minimum_detectable.unwrap() - 2.8 * (0.5f64 / 12.0).sqrt()).abs() < 1e-12);
+    assert!(
+        (versus.strict.minimum_detectable.unwrap() - 2.8 * (0.5f64 / 12.0).sqrt()).abs() < 1e-12
+    );
     assert!(!noisy.inert);
     // Two half-second samples start at 1000 s (seed 0) and two at 1001 s: one second of work in all.
     assert_eq!(noisy.samples_per_s, Some(24.0));
     let alpha = noisy.alpha_for_coverage[1];
-    assert!(alpha.normalized.is_some_and(|a| (0.01..0.06).contains(&a)), "{alpha:?}");
+    assert!(
+        alpha.normalized.is_some_and(|a| (0.01..0.06).contains(&a)),
+        "{alpha:?}"
+    );
     assert_eq!(alpha.nats, alpha.normalized.map(|a| a * 491f64.ln()));
 }
 
@@ -121,7 +151,10 @@ fn a_variant_that_changed_nothing_is_inert() {
     let inert = |all: &Aggregate| all.cells[1].summary.as_ref().unwrap().inert;
     assert!(inert(&aggregate(&[folder.path()]).unwrap()));
     let path = folder.path().join("A1.2.jsonl");
-    let text = std::fs::read_to_string(&path).unwrap().replacen("\"switches\":0", "\"switches\":1", 1);
+    let text =
+        std::fs::read_to_string(&path)
+            .unwrap()
+            .replacen("\"switches\":0", "\"switches\":1", 1);
     std::fs::write(&path, text).unwrap();
     assert!(!inert(&aggregate(&[folder.path()]).unwrap()));
 }
@@ -144,9 +177,22 @@ fn arrow_tables_hold_the_same_figures() {
     assert!(warnings.is_empty());
     assert_eq!(raw.num_rows(), 36);
     let text = raw.column_by_name("text").unwrap();
-    assert!(text.as_any().downcast_ref::<StringArray>().unwrap().value(0).contains("####"));
+    assert!(
+        text.as_any()
+            .downcast_ref::<StringArray>()
+            .unwrap()
+            .value(0)
+            .contains("####")
+    );
     let segments = raw.column_by_name("latent_segments").unwrap();
-    assert_eq!(segments.as_any().downcast_ref::<ListArray>().unwrap().value_length(0), 1);
+    assert_eq!(
+        segments
+            .as_any()
+            .downcast_ref::<ListArray>()
+            .unwrap()
+            .value_length(0),
+        1
+    );
     let (raw, _) = raw_batch(&[folder.path()], false).unwrap();
     assert!(raw.column_by_name("text").is_none());
 }
@@ -174,9 +220,15 @@ fn faults_name_file_line_column_and_field() {
         format!("{}\n", good.replace("\"seed\":0", "\"seed\":\"0\"")),
         format!("{}\n", good.replace("\"seed\":0,", "")),
         format!("{good}\n{}\n", good.replace("\"max\":0.4", "\"max\":null")),
-        format!("{}\n", good.replace("\"failure\":null", "\"failure\":\"tired\"")),
+        format!(
+            "{}\n",
+            good.replace("\"failure\":null", "\"failure\":\"tired\"")
+        ),
         format!("{good}\n{}\n", serde_json::to_string(&other).unwrap()),
-        format!("{good}\n{}\n", good.replace("\"suite\":\"A1\"", "\"suite\":\"B\"")),
+        format!(
+            "{good}\n{}\n",
+            good.replace("\"suite\":\"A1\"", "\"suite\":\"B\"")
+        ),
         format!("{good}\n{}", good.replace("\"seed\":0", "\"seed\":-1")),
     ];
     insta::assert_snapshot!("fold_errors", cases.map(said).join("\n"));
@@ -199,26 +251,47 @@ fn a_torn_last_line_is_a_warning() {
     }
     std::fs::write(&path, format!("{good}\n{next}")).unwrap();
     let all = aggregate(&[&path]).unwrap();
-    assert_eq!((all.cells[0].summary.as_ref().unwrap().n, all.warnings.len()), (2, 0));
+    assert_eq!(
+        (all.cells[0].summary.as_ref().unwrap().n, all.warnings.len()),
+        (2, 0)
+    );
 }
 
 #[test]
 fn missing_and_empty_inputs_are_explained() {
     let folder = tempfile::tempdir().unwrap();
-    assert!(matches!(aggregate::<&Path>(&[]), Err(AggregateError::NoPaths)));
+    assert!(matches!(
+        aggregate::<&Path>(&[]),
+        Err(AggregateError::NoPaths)
+    ));
     let missing = folder.path().join("nope");
-    assert!(matches!(aggregate(&[&missing]), Err(AggregateError::NotFound { .. })));
-    assert!(matches!(aggregate(&[folder.path()]), Err(AggregateError::NoRaw { .. })));
+    assert!(matches!(
+        aggregate(&[&missing]),
+        Err(AggregateError::NotFound { .. })
+    ));
+    assert!(matches!(
+        aggregate(&[folder.path()]),
+        Err(AggregateError::NoRaw { .. })
+    ));
     std::fs::create_dir(folder.path().join("raw")).unwrap();
-    assert!(matches!(aggregate(&[folder.path()]), Err(AggregateError::NoRaw { .. })));
+    assert!(matches!(
+        aggregate(&[folder.path()]),
+        Err(AggregateError::NoRaw { .. })
+    ));
     std::fs::write(folder.path().join("raw/REF.jsonl"), "").unwrap();
-    assert!(matches!(aggregate(&[folder.path()]), Err(AggregateError::NoRaw { .. })));
+    assert!(matches!(
+        aggregate(&[folder.path()]),
+        Err(AggregateError::NoRaw { .. })
+    ));
     let cell = experiment("A1.2");
     let rows = [row(&cell, 1, 0, Some(1), 0)];
     write_rows(&folder.path().join("raw/A1.2.jsonl"), &rows);
     assert_eq!(aggregate(&[folder.path()]).unwrap().warnings.len(), 1);
     write_rows(&folder.path().join("raw/copy.jsonl"), &rows);
-    assert!(matches!(aggregate(&[folder.path()]), Err(AggregateError::TwoFiles { .. })));
+    assert!(matches!(
+        aggregate(&[folder.path()]),
+        Err(AggregateError::TwoFiles { .. })
+    ));
 }
 
 #[test]
@@ -245,18 +318,25 @@ fn naive(rows: &[RawRow], reference: &[RawRow]) -> (f64, f64, u64, u64, u64) {
     for row in rows {
         last.insert((row.item_id.clone(), row.seed, row.sample), row);
     }
-    let refs: BTreeMap<_, bool> =
-        reference.iter().map(|r| (r.item_id.clone(), r.correct)).collect();
+    let refs: BTreeMap<_, bool> = reference
+        .iter()
+        .map(|r| (r.item_id.clone(), r.correct))
+        .collect();
     let mut items: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     let (mut latent, mut steps, mut failed) = (0u64, 0u64, 0u64);
     for row in last.values() {
-        items.entry(row.item_id.clone()).or_default().push(f64::from(u8::from(row.correct)));
+        items
+            .entry(row.item_id.clone())
+            .or_default()
+            .push(f64::from(u8::from(row.correct)));
         latent += u64::from(row.latent_steps);
         steps += u64::from(row.total_steps);
         failed += u64::from(row.failure.is_some());
     }
-    let means: BTreeMap<&String, f64> =
-        items.iter().map(|(k, v)| (k, v.iter().sum::<f64>() / v.len() as f64)).collect();
+    let means: BTreeMap<&String, f64> = items
+        .iter()
+        .map(|(k, v)| (k, v.iter().sum::<f64>() / v.len() as f64))
+        .collect();
     let split = |better: bool| {
         means
             .iter()
@@ -265,7 +345,13 @@ fn naive(rows: &[RawRow], reference: &[RawRow]) -> (f64, f64, u64, u64, u64) {
             .count() as u64
     };
     let accuracy = means.values().sum::<f64>() / means.len() as f64;
-    (accuracy, latent as f64 / steps as f64, failed, split(true), split(false))
+    (
+        accuracy,
+        latent as f64 / steps as f64,
+        failed,
+        split(true),
+        split(false),
+    )
 }
 
 proptest! {

@@ -1,4 +1,5 @@
 //! The paper's table, typed out, and the ways a registry or a selection can be wrong.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 mod common;
 
@@ -36,8 +37,16 @@ fn reference() -> Experiment {
         k: 50,
         comm: Comm::Belief,
         kv: Kv::None,
-        consensus: ConsensusSpec::Ties { theta: 0.1, eps: 1e-6 },
-        sampling: SamplingSpec { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 },
+        consensus: ConsensusSpec::Ties {
+            theta: 0.1,
+            eps: 1e-6,
+        },
+        sampling: SamplingSpec {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+        },
     }
 }
 
@@ -50,18 +59,24 @@ fn papers_table() -> Vec<(&'static str, Experiment)> {
         change(&mut experiment);
         (id, experiment)
     };
-    let gumbel = |tau| move |e: &mut Experiment| {
-        e.soft_mode = SoftMode::Gumbel;
-        e.tau = Some(tau);
+    let gumbel = |tau| {
+        move |e: &mut Experiment| {
+            e.soft_mode = SoftMode::Gumbel;
+            e.tau = Some(tau);
+        }
     };
-    let dirichlet = |lambda| move |e: &mut Experiment| {
-        e.soft_mode = SoftMode::Dirichlet;
-        e.lambda = Some(lambda);
+    let dirichlet = |lambda| {
+        move |e: &mut Experiment| {
+            e.soft_mode = SoftMode::Dirichlet;
+            e.lambda = Some(lambda);
+        }
     };
-    let trend = |w, cap| move |e: &mut Experiment| {
-        e.gate = Gate::Trend;
-        e.w = Some(w);
-        e.cap = cap;
+    let trend = |w, cap| {
+        move |e: &mut Experiment| {
+            e.gate = Gate::Trend;
+            e.w = Some(w);
+            e.cap = cap;
+        }
     };
     vec![
         cell("A1.1", &|_| {}),
@@ -97,7 +112,10 @@ fn papers_table() -> Vec<(&'static str, Experiment)> {
 fn the_paper_is_expanded_exactly() {
     let plan = plan(&[], &[], ENSEMBLE);
     assert_eq!(plan.cells[0].experiment, reference());
-    let expanded: Vec<_> = plan.cells[1..].iter().map(|c| c.experiment.clone()).collect();
+    let expanded: Vec<_> = plan.cells[1..]
+        .iter()
+        .map(|c| c.experiment.clone())
+        .collect();
     let typed: Vec<_> = papers_table().into_iter().map(|(_, e)| e).collect();
     assert_eq!(expanded, typed);
 }
@@ -147,7 +165,9 @@ fn equal_cells_run_once_and_impossible_ones_not_at_all() {
 }
 
 fn expand(overrides: &Overrides) -> Result<dlmom_runs::Plan, dlmom_runs::RegistryError> {
-    Registry::builtin().unwrap().expand(&[], &[], ENSEMBLE, overrides)
+    Registry::builtin()
+        .unwrap()
+        .expand(&[], &[], ENSEMBLE, overrides)
 }
 
 #[test]
@@ -162,7 +182,10 @@ fn the_command_line_fills_only_what_a_cell_does_not_name() {
     };
     for cell in expand(&overrides).unwrap().cells {
         let e = cell.experiment;
-        assert_eq!((e.alpha, e.alpha_unit, e.max_steps, e.answer_reserve), (0.3, AlphaUnit::Nats, 64, 16));
+        assert_eq!(
+            (e.alpha, e.alpha_unit, e.max_steps, e.answer_reserve),
+            (0.3, AlphaUnit::Nats, 64, 16)
+        );
         assert!((e.convergence_threshold - 0.075).abs() < 1e-12);
         let cap = match e.id.as_str() {
             "A2.1" | "A2.2" | "A2.3" | "A2.4" => -1,
@@ -186,22 +209,42 @@ fn the_command_line_fills_only_what_a_cell_does_not_name() {
 #[test]
 fn what_is_not_built_yet_is_named() {
     let said = |suites: &[&str], setting| {
-        plan(suites, &[], setting).check_supported().unwrap_err().to_string()
+        plan(suites, &[], setting)
+            .check_supported()
+            .unwrap_err()
+            .to_string()
     };
-    plan(&["A1", "A2"], &[], ENSEMBLE).check_supported().unwrap();
+    plan(&["A1", "A2"], &[], ENSEMBLE)
+        .check_supported()
+        .unwrap();
     plan(&["A1", "A2"], &[], SHARED).check_supported().unwrap();
     plan(&[], &["A4.1"], SHARED).check_supported().unwrap();
-    assert_eq!(said(&["A3"], ENSEMBLE), "A3.2: suite A3 is not built yet; suites A1 and A2 are");
-    assert_eq!(said(&["A4"], SHARED), "A4.2: suite A4 is not built yet; suites A1 and A2 are");
+    assert_eq!(
+        said(&["A3"], ENSEMBLE),
+        "A3.2: suite A3 is not built yet; suites A1 and A2 are"
+    );
+    assert_eq!(
+        said(&["A4"], SHARED),
+        "A4.2: suite A4 is not built yet; suites A1 and A2 are"
+    );
     let mut own = reference();
     own.comm = Comm::Logits;
     assert!(matches!(own.loop_config(), Err(Unsupported::Comm { .. })));
     own = reference();
     own.kv = Kv::Minicache;
-    assert!(matches!(own.loop_config(), Err(Unsupported::Kv { kv: "minicache", .. })));
+    assert!(matches!(
+        own.loop_config(),
+        Err(Unsupported::Kv {
+            kv: "minicache",
+            ..
+        })
+    ));
     own = reference();
     own.k = -1;
-    assert!(matches!(own.loop_config(), Err(Unsupported::WholeVocabulary { .. })));
+    assert!(matches!(
+        own.loop_config(),
+        Err(Unsupported::WholeVocabulary { .. })
+    ));
 }
 
 #[test]
@@ -221,26 +264,48 @@ fn digests_cover_knobs_and_context_but_not_names() {
     let (a, mut b) = (reference(), reference());
     b.id = "A1.1".into();
     b.suite = "A1".into();
-    assert_eq!(a.config_hash(&context).unwrap(), b.config_hash(&context).unwrap());
+    assert_eq!(
+        a.config_hash(&context).unwrap(),
+        b.config_hash(&context).unwrap()
+    );
     assert_eq!(a.config_hash(&context).unwrap().len(), 64);
     b.max_steps = 255;
-    assert_ne!(a.config_hash(&context).unwrap(), b.config_hash(&context).unwrap());
-    assert_ne!(a.config_hash(&context).unwrap(), a.config_hash(&json!({})).unwrap());
+    assert_ne!(
+        a.config_hash(&context).unwrap(),
+        b.config_hash(&context).unwrap()
+    );
+    assert_ne!(
+        a.config_hash(&context).unwrap(),
+        a.config_hash(&json!({})).unwrap()
+    );
 }
 
 #[test]
 fn absent_is_filled_and_null_is_a_value() {
     let text = "defaults: {tau: 0.5, w: 4, cap: 3}\nsuites:\n  S:\n    - {id: a}\n    - {id: b, tau: null, w: null}\n";
     let registry = Registry::parse("own.yaml", text).unwrap();
-    let plan = registry.expand(&[], &[], ENSEMBLE, &Overrides::default()).unwrap();
+    let plan = registry
+        .expand(&[], &[], ENSEMBLE, &Overrides::default())
+        .unwrap();
     let facts: Vec<_> = plan
         .cells
         .iter()
-        .map(|c| (c.experiment.id.as_str(), c.experiment.tau, c.experiment.w, c.experiment.cap))
+        .map(|c| {
+            (
+                c.experiment.id.as_str(),
+                c.experiment.tau,
+                c.experiment.w,
+                c.experiment.cap,
+            )
+        })
         .collect();
     assert_eq!(
         facts,
-        [("REF", Some(0.5), Some(4), 3), ("a", Some(0.5), Some(4), 3), ("b", None, None, 3)]
+        [
+            ("REF", Some(0.5), Some(4), 3),
+            ("a", Some(0.5), Some(4), 3),
+            ("b", None, None, 3)
+        ]
     );
 }
 
@@ -275,14 +340,19 @@ suites:
       sampling: {temperature: 0.7, top_k: 3, top_p: 0.9, min_p: 0.0}
 ";
     let registry = Registry::parse("own.yaml", text).unwrap();
-    let plan = registry.expand(&[], &[], ENSEMBLE, &Overrides::default()).unwrap();
+    let plan = registry
+        .expand(&[], &[], ENSEMBLE, &Overrides::default())
+        .unwrap();
     let cell = &plan.cells[1].experiment;
     assert_eq!(cell.answer_cue.as_deref(), Some("So: "));
     assert_eq!(cell.consensus, ConsensusSpec::Mean);
     assert!(!cell.is_deterministic());
     let yaml = dlmom_runs::yaml::to_string(cell).unwrap();
     insta::assert_snapshot!("expanded_yaml", yaml);
-    assert_eq!(dlmom_runs::yaml::from_str::<Experiment>("x", &yaml).unwrap(), *cell);
+    assert_eq!(
+        dlmom_runs::yaml::from_str::<Experiment>("x", &yaml).unwrap(),
+        *cell
+    );
 }
 
 #[test]
@@ -311,7 +381,12 @@ fn wrong_files_are_explained() {
     ];
     let said: Vec<String> = cases
         .iter()
-        .map(|text| Registry::parse("own.yaml", text).map(drop).unwrap_err().to_string())
+        .map(|text| {
+            Registry::parse("own.yaml", text)
+                .map(drop)
+                .unwrap_err()
+                .to_string()
+        })
         .collect();
     insta::assert_snapshot!("file_errors", said.join("\n"));
 }
@@ -362,19 +437,45 @@ fn wrong_words_and_flags_are_explained() {
         plan.map(drop).unwrap_err().to_string()
     };
     let flags = [
-        Overrides { alpha: Some(f64::NAN), ..none.clone() },
-        Overrides { alpha: Some(-1.0), ..none.clone() },
-        Overrides { max_switches: Some(-2), ..none.clone() },
-        Overrides { max_steps: Some(0), ..none.clone() },
-        Overrides { k: Some(0), ..none.clone() },
-        Overrides { answer_reserve: Some(300), ..none.clone() },
+        Overrides {
+            alpha: Some(f64::NAN),
+            ..none.clone()
+        },
+        Overrides {
+            alpha: Some(-1.0),
+            ..none.clone()
+        },
+        Overrides {
+            max_switches: Some(-2),
+            ..none.clone()
+        },
+        Overrides {
+            max_steps: Some(0),
+            ..none.clone()
+        },
+        Overrides {
+            k: Some(0),
+            ..none.clone()
+        },
+        Overrides {
+            answer_reserve: Some(300),
+            ..none.clone()
+        },
     ];
-    let mut said =
-        vec![words(&["a1"], &[]), words(&["B"], &[]), words(&["A1"], &["A1.8"]), words(&["A1"], &["A2.1"])];
+    let mut said = vec![
+        words(&["a1"], &[]),
+        words(&["B"], &[]),
+        words(&["A1"], &["A1.8"]),
+        words(&["A1"], &["A2.1"]),
+    ];
     said.extend(flags.iter().map(|f| expand(f).unwrap_err().to_string()));
     insta::assert_snapshot!("selection_errors", said.join("\n"));
     let missing = Registry::load(std::path::Path::new("no-such-file.yaml")).unwrap_err();
-    assert!(missing.to_string().starts_with("no-such-file.yaml: cannot read: "));
+    assert!(
+        missing
+            .to_string()
+            .starts_with("no-such-file.yaml: cannot read: ")
+    );
 }
 
 proptest! {

@@ -1,4 +1,5 @@
 //! Raw rows: labels, grades and what may not be written.
+#![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
 mod common;
 
@@ -38,7 +39,10 @@ fn every_ending_has_its_label() {
         sample.stop = stop;
         sample.error = Some("boom\n  at step 3".into());
         let row = recorded(&sample, &item).unwrap();
-        assert_eq!((row.failure, row.correct, row.correct_flexible), (failure, correct, correct));
+        assert_eq!(
+            (row.failure, row.correct, row.correct_flexible),
+            (failure, correct, correct)
+        );
         assert_eq!(row.error.as_deref(), Some("boom at step 3"));
     }
 }
@@ -46,8 +50,14 @@ fn every_ending_has_its_label() {
 #[test]
 fn sums_and_answers_are_those_of_the_outcome() {
     let row = row(&experiment("A1.2"), 18, 3, Some(18), 2);
-    assert_eq!((row.total_steps, row.prompt_tokens, row.forward_tokens), (7, 23, 37));
-    assert_eq!((row.answer.as_deref(), row.gold.as_str()), (Some("18"), "18"));
+    assert_eq!(
+        (row.total_steps, row.prompt_tokens, row.forward_tokens),
+        (7, 23, 37)
+    );
+    assert_eq!(
+        (row.answer.as_deref(), row.gold.as_str()),
+        (Some("18"), "18")
+    );
     assert!(!row.deterministic);
     assert!(row.drift.is_none());
     assert_eq!(row.key().seed, 3);
@@ -73,15 +83,25 @@ fn the_deterministic_view_leaves_out_when_and_where() {
         ..a.clone()
     };
     assert_ne!(a, b);
-    assert_eq!(a.deterministic_view().unwrap(), b.deterministic_view().unwrap());
-    let c = RawRow { switches: 3, ..a.clone() };
-    assert_ne!(a.deterministic_view().unwrap(), c.deterministic_view().unwrap());
+    assert_eq!(
+        a.deterministic_view().unwrap(),
+        b.deterministic_view().unwrap()
+    );
+    let c = RawRow {
+        switches: 3,
+        ..a.clone()
+    };
+    assert_ne!(
+        a.deterministic_view().unwrap(),
+        c.deterministic_view().unwrap()
+    );
 }
+
+type Change = fn(&mut Outcome, f64);
 
 #[test]
 fn numbers_that_json_cannot_hold_are_errors_unless_the_sample_failed_by_them() {
     let item = item(18);
-    type Change = fn(&mut Outcome, f64);
     let changes: [(&str, Change); 7] = [
         ("latency_s", |o, v| o.latency_s = v),
         ("started_at", |o, v| o.started_at = v),
@@ -109,11 +129,17 @@ fn numbers_that_json_cannot_hold_are_errors_unless_the_sample_failed_by_them() {
     failed.entropy.mean = f64::NAN;
     failed.topk_mass = Some(f64::NAN);
     let row = recorded(&failed, &item).unwrap();
-    assert_eq!((row.entropy, row.topk_mass, row.noise_kl), (None, None, Some(0.05)));
+    assert_eq!(
+        (row.entropy, row.topk_mass, row.noise_kl),
+        (None, None, Some(0.05))
+    );
 }
 
 #[test]
 fn an_outcome_of_another_item_is_refused() {
     let error = recorded(&outcome(&item(1), 0, None, 0), &item(2)).unwrap_err();
-    assert_eq!(error.to_string(), "outcome of item item-1 was paired with item item-2");
+    assert_eq!(
+        error.to_string(),
+        "outcome of item item-1 was paired with item item-2"
+    );
 }

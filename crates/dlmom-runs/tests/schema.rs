@@ -1,6 +1,11 @@
 //! Committed files that are generated: JSON schemas, and what the YAML parser reads from every file under `configs/`.
 //!
 //! `DLMOM_UPDATE_GENERATED=1` rewrites them.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "helpers of tests fail as tests do"
+)]
 
 use std::path::{Path, PathBuf};
 
@@ -59,5 +64,8 @@ fn what_the_parser_reads_is_recorded_for_other_parsers() {
         })
         .collect();
     let text = serde_json::to_string_pretty(&golden).unwrap() + "\n";
-    check(&repository().join("crates/dlmom-runs/tests/golden/configs.json"), &text);
+    check(
+        &repository().join("crates/dlmom-runs/tests/golden/configs.json"),
+        &text,
+    );
 }

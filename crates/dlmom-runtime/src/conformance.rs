@@ -200,6 +200,12 @@ impl Kit<'_> {
         Ok(read.remove(0))
     }
 
+    /// Feeds the ids that [`Kit::id`] gives for `ns`.
+    fn feed(&mut self, slot: u32, agent: AgentId, ns: &[u32]) -> Result<ReadRow, Violation> {
+        let ids: Vec<u32> = ns.iter().map(|&n| self.id(n)).collect();
+        self.tokens(slot, agent, &ids)
+    }
+
     fn distance(a: &ReadRow, b: &ReadRow) -> f64 {
         let mut worst = 0.0_f64;
         if a.read.entropies.len() != b.read.entropies.len() || a.read.finite != b.read.finite {
@@ -244,9 +250,15 @@ impl Kit<'_> {
     }
 
     fn prompt(&self, length: u32, salt: u32) -> Vec<u32> {
-        (0..length)
-            .map(|i| 1 + (i * 5 + salt * 3) % (self.vocab - 1))
-            .collect()
+        (0..length).map(|i| self.id(i * 5 + salt * 3)).collect()
+    }
+
+    /// Ids spread over the vocabulary from its end: the first ones are often special or byte
+    /// tokens, whose embeddings are hardly trained and hard to tell apart.
+    fn id(&self, n: u32) -> u32 {
+        let span = self.vocab - 1;
+        let step = (span / 9).max(1);
+        self.vocab - 1 - (n * step) % span
     }
 
     fn mixture(&self, ids: [u32; 2]) -> Result<BeliefPacket, Violation> {
@@ -286,16 +298,17 @@ impl Kit<'_> {
     fn packets(&mut self, agent: AgentId, prompt: &[u32]) -> Result<(), Violation> {
         let merge = [agent];
         let mut reads = Vec::new();
-        let hot = BeliefPacket::one_hot(3, self.vocab).map_err(|e| Violation {
+        let hot = BeliefPacket::one_hot(self.id(3), self.vocab).map_err(|e| Violation {
             rule: Rule::SetUp,
             seen: e.to_string(),
         })?;
-        let mixed = self.mixture([3, 5])?;
+        let mixed = self.mixture([self.id(3), self.id(5)])?;
+        let (three, five) = ([self.id(3)], [self.id(5)]);
         let feeds = [
-            Feed::Tokens(&[3]),
+            Feed::Tokens(&three),
             Feed::Packets(std::slice::from_ref(&hot)),
             Feed::Packets(std::slice::from_ref(&mixed)),
-            Feed::Tokens(&[5]),
+            Feed::Tokens(&five),
         ];
         for feed in feeds {
             self.open(0, 24)?;
@@ -325,7 +338,7 @@ impl Kit<'_> {
 
     fn mates(&mut self, agent: AgentId, prompt: &[u32]) -> Result<(), Violation> {
         let merge = [agent];
-        let mixed = self.mixture([2, 6])?;
+        let mixed = self.mixture([self.id(2), self.id(6)])?;
         let soft = [(agent, Feed::Packets(std::slice::from_ref(&mixed)))];
         self.open(1, 24)?;
         let alone_prefill = self.tokens(1, agent, prompt)?;
@@ -350,7 +363,8 @@ impl Kit<'_> {
             &together[1],
             "prefill with mates",
         )?;
-        let hard = [(agent, Feed::Tokens(&[4]))];
+        let four = [self.id(4)];
+        let hard = [(agent, Feed::Tokens(&four))];
         let together = self.ok(&[
             row(0, &hard, &merge),
             row(1, &soft, &merge),
@@ -381,12 +395,13 @@ impl Kit<'_> {
         let merge = [agent];
         self.open(0, 24)?;
         self.tokens(0, agent, prompt)?;
-        let next = self.tokens(0, agent, &[4])?;
+        let next = self.feed(0, agent, &[4])?;
 
         self.open(0, 24)?;
         self.open(1, 24)?;
         self.tokens(0, agent, prompt)?;
-        let good = [(agent, Feed::Tokens(&[4]))];
+        let four = [self.id(4)];
+        let good = [(agent, Feed::Tokens(&four))];
         let vocab = [self.vocab.max(u32::MAX - 1)];
         let bad = [(agent, Feed::Tokens(&vocab))];
         let empty = [(agent, Feed::Tokens(&[]))];
@@ -421,7 +436,7 @@ impl Kit<'_> {
                 }
             }
         }
-        let after = self.tokens(0, agent, &[4])?;
+        let after = self.feed(0, agent, &[4])?;
         self.same(
             Rule::ErrorsDoNotAdvance,
             &next,
@@ -431,14 +446,15 @@ impl Kit<'_> {
 
         self.open(2, 9)?;
         self.tokens(2, agent, prompt)?;
-        let three = [(agent, Feed::Tokens(&[4, 4, 4]))];
+        let thrice = [self.id(4); 3];
+        let three = [(agent, Feed::Tokens(&thrice))];
         if self.call(&[row(2, &three, &merge)]).is_ok() {
             return Err(Violation {
                 rule: Rule::CapacityIsEnforced,
                 seen: "a lane of 9 took in 10 positions".into(),
             });
         }
-        let after = self.tokens(2, agent, &[4])?;
+        let after = self.feed(2, agent, &[4])?;
         self.same(
             Rule::CapacityIsEnforced,
             &next,
@@ -454,15 +470,15 @@ impl Kit<'_> {
         };
         self.open(0, 24)?;
         self.tokens(0, agent, prompt)?;
-        let four = self.tokens(0, agent, &[4])?;
-        let five = self.tokens(0, agent, &[5])?;
+        let four = self.feed(0, agent, &[4])?;
+        let five = self.feed(0, agent, &[5])?;
 
         self.open(0, 24)?;
         self.tokens(0, agent, &self.prompt(11, 3))?;
         self.backend.close(&[SlotId(0)]);
         self.open(0, 24)?;
         self.tokens(0, agent, prompt)?;
-        let reopened = self.tokens(0, agent, &[4])?;
+        let reopened = self.feed(0, agent, &[4])?;
         self.same(Rule::ReopenForgets, &four, &reopened, "a slot used before")?;
 
         self.open(1, 24)?;
@@ -470,10 +486,10 @@ impl Kit<'_> {
             self.backend
                 .fork(lane(0), lane(1), Some(prompt.len() as u32)),
         )?;
-        let forked = self.tokens(1, agent, &[4])?;
+        let forked = self.feed(1, agent, &[4])?;
         self.same(Rule::ForkCopies, &four, &forked, "the first step of a fork")?;
-        self.tokens(1, agent, &[6])?;
-        let donor = self.tokens(0, agent, &[5])?;
+        self.feed(1, agent, &[6])?;
+        let donor = self.feed(0, agent, &[5])?;
         self.same(
             Rule::ForkCopies,
             &five,
@@ -481,9 +497,9 @@ impl Kit<'_> {
             "the donor after the fork went its own way",
         )?;
 
-        self.tokens(0, agent, &[6, 2])?;
+        self.feed(0, agent, &[6, 2])?;
         Self::set_up(self.backend.truncate(lane(0), prompt.len() as u32 + 1))?;
-        let again = self.tokens(0, agent, &[5])?;
+        let again = self.feed(0, agent, &[5])?;
         self.same(
             Rule::TruncateForgets,
             &five,
@@ -569,7 +585,7 @@ impl Kit<'_> {
         let long = self.prompt(11, 4);
         self.open(0, 24)?;
         let alone = self.tokens(0, a, &short)?;
-        let alone_next = self.tokens(0, a, &[4])?;
+        let alone_next = self.feed(0, a, &[4])?;
         self.open(0, 24)?;
         let merge = [a];
         let feeds = [(a, Feed::Tokens(&short)), (b, Feed::Tokens(&long))];
@@ -580,14 +596,15 @@ impl Kit<'_> {
             &both,
             "a short prompt beside a long one",
         )?;
-        let feeds = [(a, Feed::Tokens(&[4])), (b, Feed::Tokens(&[4]))];
+        let four = [self.id(4)];
+        let feeds = [(a, Feed::Tokens(&four)), (b, Feed::Tokens(&four))];
         let next = self.ok(&[row(0, &feeds, &merge)])?.remove(0);
         self.same(Rule::OwnPositions, &alone_next, &next, "the step after it")?;
 
         self.open(0, 24)?;
         self.tokens(0, b, &long)?;
         self.tokens(0, a, &short)?;
-        let next = self.tokens(0, a, &[4])?;
+        let next = self.feed(0, a, &[4])?;
         self.same(
             Rule::OwnPositions,
             &alone_next,
@@ -601,13 +618,13 @@ impl Kit<'_> {
         let prompt = self.prompt(6, 2);
         self.open(0, 24)?;
         self.tokens(0, a, &prompt)?;
-        let next = self.tokens(0, a, &[4])?;
+        let next = self.feed(0, a, &[4])?;
         self.open(0, 24)?;
         self.tokens(0, a, &prompt)?;
         self.tokens(0, b, &prompt)?;
-        self.tokens(0, b, &[2])?;
-        self.tokens(0, b, &[3])?;
-        let after = self.tokens(0, a, &[4])?;
+        self.feed(0, b, &[2])?;
+        self.feed(0, b, &[3])?;
+        let after = self.feed(0, a, &[4])?;
         self.same(
             Rule::UnfedAgentsStay,
             &next,

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from .cache import padded_rows
-from .device import device_bytes, out_of_memory, parse_device, parse_dtype, peak_rss_bytes, physical_cores
+from .device import (
+    device_bytes,
+    out_of_memory,
+    parse_device,
+    parse_dtype,
+    peak_rss_bytes,
+    physical_cores,
+)
 from .embed import embed
 from .errors import ModelError
 from .experts import Expert, load_expert, one_line

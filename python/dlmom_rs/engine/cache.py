@@ -37,15 +37,17 @@ def round_up(value: int, multiple: int) -> int:
 class SlotPlan:
     """What the layers of one cache share: the sizes, and what the forward in progress writes where.
 
-    ``index`` [slots] int64 holds each row's write position in a step. The last position of the
-    capacity is never visible to a query: rows that do not take part in a step write there.
+    The last position of the capacity is never visible to a query: rows that do not take part in a
+    step write there.
     """
 
     def __init__(self, slots: int, capacity: int, device: torch.device) -> None:
         self.slots = slots
         self.capacity = capacity
         self.device = device
-        self.index = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._starts: dict[int, Tensor] = {}
+        self._targets: dict[int, Tensor] = {}
+        self._writes = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self.bucket = BUCKET
         self.span_slot: int | None = None
         self.span_start = 0
@@ -54,6 +56,26 @@ class SlotPlan:
     def scratch(self) -> int:
         """The position that idle rows write to."""
         return self.capacity - 1
+
+    def write_at(self, positions: Tensor) -> None:
+        """Set where each row of the coming step writes: ``positions`` [slots] int64."""
+        self._writes = positions[:, None]
+        self._targets.clear()
+
+    def targets(self, heads: int) -> Tensor:
+        """The rows of a store seen as [slots * heads * capacity, size] that the step writes.
+
+        In the order of states [slots, heads, 1, size]. ``index_copy_`` on that flat view is used
+        because ``scatter_`` on a half-precision CPU tensor copies the whole store.
+        """
+        target = self._targets.get(heads)
+        if target is None:
+            start = self._starts.get(heads)
+            if start is None:
+                rows = torch.arange(self.slots * heads, device=self.device)
+                start = self._starts[heads] = (rows * self.capacity).view(self.slots, heads)
+            target = self._targets[heads] = (start + self._writes).view(-1)
+        return target
 
 
 class RowSlotLayer(CacheLayerMixin):
@@ -78,14 +100,11 @@ class RowSlotLayer(CacheLayerMixin):
         """
         plan = self.plan
 
-        def make(like: Tensor) -> tuple[Tensor, Tensor]:
-            heads, size = like.shape[1], like.shape[3]
-            store = like.new_zeros((plan.slots, heads, plan.capacity, size))
-            index = plan.index.view(-1, 1, 1, 1).expand(plan.slots, heads, 1, size)
-            return store, index
+        def make(like: Tensor) -> Tensor:
+            return like.new_zeros((plan.slots, like.shape[1], plan.capacity, like.shape[3]))
 
-        self.keys, self._key_index = make(key_like)
-        self.values, self._value_index = make(value_like)
+        self.keys = make(key_like)
+        self.values = make(value_like)
         self.dtype, self.device = key_like.dtype, key_like.device
         self._views = None
         self.is_initialized = True
@@ -104,8 +123,10 @@ class RowSlotLayer(CacheLayerMixin):
         assert self.values is not None
         plan = self.plan
         if plan.span_slot is None:
-            self.keys.scatter_(2, self._key_index, key_states)
-            self.values.scatter_(2, self._value_index, value_states)
+            for store, states in ((self.keys, key_states), (self.values, value_states)):
+                size = store.shape[3]
+                target = plan.targets(store.shape[1])
+                store.view(-1, size).index_copy_(0, target, states.reshape(-1, size))
             if self._views is None or self._views[0] != plan.bucket:
                 self._views = (
                     plan.bucket,

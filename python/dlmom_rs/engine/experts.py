@@ -164,7 +164,7 @@ def weights_digest(files: list[Path]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no loading report: what matters of it is raised as an error here."""
     from transformers.utils import logging
 
@@ -267,7 +267,7 @@ def load_expert(
 
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     name, folder, revision = resolve(source, trust_remote_code)
-    with _quiet():
+    with quiet():
         config = _config(folder, trust_remote_code)
         families.refuse(config, str(folder))
         files = weight_files(folder)

@@ -174,7 +174,7 @@ class RowSlotLanes(Lanes):
         for slot, lane in zip(slots, lanes, strict=True):
             positions[slot] = writes[slot] = lane.length
             self._written[slot] = max(self._written[slot], lane.length + 1)
-        plan.index.copy_(torch.from_numpy(writes))
+        plan.write_at(torch.from_numpy(writes).to(self.device))
         longest = int(positions.max()) + 1
         plan.bucket = min(plan.capacity, max(self.min_bucket, round_up(longest, BUCKET)))
         queries = torch.from_numpy(positions).to(self.device)

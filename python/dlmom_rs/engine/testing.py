@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .backend import Engine
+from .experts import quiet
 from .packets import RawCall, RawSpan, RawStep
 from .vocab import byte_of_char
 
@@ -33,7 +34,7 @@ CHAT_TEMPLATE = (
 
 def tiny_tokenizer() -> Tokenizer:
     """A byte-level BPE tokenizer of 266 ids: every byte, a few merges, three special tokens."""
-    vocab = {char: byte for char, byte in byte_of_char().items()}
+    vocab = byte_of_char()
     for left, right in MERGES:
         vocab[left + right] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(MERGES)))
@@ -69,7 +70,8 @@ def save_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     save_tokenizer(folder, chat=chat)
     return folder
 
@@ -96,7 +98,9 @@ def printed(ids: Sequence[int]) -> list[Packet]:
     return [[(token, 1.0)] for token in ids]
 
 
-def encode_packets(packets: Sequence[Packet], k: int | None = None) -> tuple[bytearray, bytearray, int]:
+def encode_packets(
+    packets: Sequence[Packet], k: int | None = None
+) -> tuple[bytearray, bytearray, int]:
     """ids and probabilities of packets, row-major and padded to ``k`` entries; and ``k``."""
     width = max(len(packet) for packet in packets) if k is None else k
     ids = np.zeros((len(packets), width), "<u4")

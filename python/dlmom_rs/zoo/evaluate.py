@@ -1,8 +1,8 @@
 """Measure a shipped expert by plain greedy decoding with ``transformers``.
 
-``python -m dlmom_rs.zoo.evaluate --expert tiny-math --dtype bf16`` prints, for ``tinygsm`` and for held-out
-items of the other kinds, the accuracy with its Wilson 95 % interval. Nothing of the ensemble code takes
-part, so the numbers are an independent base line for it.
+``python -m dlmom_rs.zoo.evaluate --expert tiny-math --dtype bf16`` prints, for ``tinygsm`` and for
+held-out items of the other kinds, the accuracy with its Wilson 95 % interval. Nothing of the
+ensemble code takes part, so the numbers are an independent base line for it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 def correct(item: Item, text: str) -> bool:
     """Whether the generated ``text`` answers ``item``.
 
-    Code counts if it parses to the same syntax tree as the reference, so nothing generated is ever run.
+    Code counts if it parses to the same syntax tree as the reference; nothing generated is run.
     """
     if item.kind != "code":
         return final_answer(text) == item.gold
@@ -64,6 +64,7 @@ def generate(
     model: Any,
     tokenizer: Any,
     questions: Sequence[str],
+    *,
     batch: int = 100,
     max_new_tokens: int = 224,
     system: str | None = None,

@@ -2,8 +2,8 @@
 
 Four kinds: ``math`` (GSM8K style), ``code`` (HumanEval style one-liners), ``choice`` (A to D) and
 ``lookup`` (read an answer off a small table). Every item carries a ``key``, the canonical form of
-what has to be computed: for ``math`` its chain of equations, whatever the names and the wording. The split
-is a hash of that key, so a test item never shares its key with a training item of its kind.
+what has to be computed: for ``math`` its chain of equations, whatever the names and the wording.
+The split is a hash of that key, so a test item never shares its key with a training item.
 
 ``python -m dlmom_rs.zoo.problems --write`` produces the shipped ``data/tinygsm.jsonl``.
 """
@@ -37,9 +37,9 @@ _T = TypeVar("_T")
 class Item:
     """One problem.
 
-    ``question`` is the user's turn and ``answer`` the whole assistant's turn. ``gold`` is what scoring compares
-    with: the number, letter or value after ``####``, or for ``code`` the answer itself. ``steps`` is the
-    number of equations (0 for kinds other than ``math``).
+    ``question`` is the user's turn and ``answer`` the whole assistant's turn. ``gold`` is what
+    scoring compares with: the number, letter or value after ``####``, or for ``code`` the answer
+    itself. ``steps`` is the number of equations (0 for kinds other than ``math``).
     """
 
     kind: Kind
@@ -53,8 +53,8 @@ class Item:
 class Draws:
     """A stream of reproducible draws (splitmix64), keyed by a seed and any number of labels.
 
-    The standard library promises the same sequence across versions only for ``random.random``, and the
-    shipped file is compared byte for byte, so the generator is ours.
+    The standard library promises the same sequence across versions only for ``random.random``, and
+    the shipped file is compared byte for byte, so the generator is ours.
     """
 
     def __init__(self, seed: int, *labels: str) -> None:
@@ -132,7 +132,7 @@ class _Work:
         self.equations: list[str] = []
 
     def do(self, a: int, op: str, b: int, say: str) -> int:
-        """Compute ``a op b``, write ``say`` with ``{}`` replaced by the equation, return the result."""
+        """The result of ``a op b``; writes ``say`` with ``{}`` replaced by the equation."""
         if op == "/":
             _need(b > 0 and a % b == 0)
             value = a // b
@@ -147,7 +147,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Ranges of the numbers of one problem: of a quantity, a change, a factor, and a product's cap."""
+    """Ranges of one problem's numbers: a quantity, a change, a factor; and a product's cap."""
 
     start: tuple[int, int]
     change: tuple[int, int]
@@ -307,7 +307,7 @@ def _fill(text: str, **values: object) -> str:
 
 
 def _change(
-    d: Draws, setting: _Setting, move: str, v: int, s: _Scale, work: _Work, f: _Filler
+    d: Draws, setting: _Setting, move: str, v: int, *, s: _Scale, work: _Work, f: _Filler
 ) -> tuple[int, str]:
     """Apply one move to the quantity ``v``; the new quantity and the sentence that tells it."""
     have = f(setting.have)
@@ -371,7 +371,7 @@ def _chain(d: Draws, steps: int, s: _Scale, work: _Work) -> str:
         move = _MOVES[d.weighted(_MOVE_WEIGHTS)]
         _need(move != last or move in ("add", "sub"))
         _need(len(work.lines) + _MOVE_COST.get(move, 1) <= steps)
-        v, sentence = _change(d, setting, move, v, s, work, f)
+        v, sentence = _change(d, setting, move, v, s=s, work=work, f=f)
         said.append(sentence)
         last = move
     said.append(f(d.pick(setting.ask)))
@@ -379,7 +379,7 @@ def _chain(d: Draws, steps: int, s: _Scale, work: _Work) -> str:
 
 
 def _relation(
-    d: Draws, name: str, other: str, v: int, thing: str, s: _Scale, work: _Work
+    d: Draws, name: str, other: str, v: int, *, thing: str, s: _Scale, work: _Work
 ) -> tuple[int, str]:
     """``name``'s quantity told relative to that of ``other``, who has ``v``."""
     have = f"{name} has {{}} {thing}."
@@ -412,7 +412,7 @@ def _compare(d: Draws, steps: int, s: _Scale, work: _Work) -> str:
     values = [d.between(*s.start)]
     said = [f"{people[0]} has {values[0]} {thing}."]
     for i in range(relations):
-        v, text = _relation(d, people[i + 1], people[i], values[i], thing, s, work)
+        v, text = _relation(d, people[i + 1], people[i], values[i], thing=thing, s=s, work=work)
         values.append(v)
         said.append(text)
     if ask == "last":
@@ -687,7 +687,7 @@ def _average(d: Draws, steps: int, s: _Scale, work: _Work) -> str:
     return f"{name} gets {listed} {what}. What is the average?"
 
 
-def _clock(d: Draws, steps: int, s: _Scale, work: _Work) -> str:
+def _clock(d: Draws, steps: int, _s: _Scale, work: _Work) -> str:
     _need(1 <= steps <= 5)
     name = d.pick(NAMES)
     hours = d.between(2, 9)
@@ -709,7 +709,7 @@ def _clock(d: Draws, steps: int, s: _Scale, work: _Work) -> str:
     return " ".join([*said, f"How many minutes does {name} work?"])
 
 
-def _ages(d: Draws, steps: int, s: _Scale, work: _Work) -> str:
+def _ages(d: Draws, steps: int, _s: _Scale, work: _Work) -> str:
     _need(1 <= steps <= 5)
     people = d.sample(NAMES, 5)
     age = d.between(4, 30)
@@ -924,7 +924,9 @@ _OPPOSITES = (
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
-def _options(d: Draws, question: str, right: str, wrong: Sequence[str], why: str, key: str) -> Item:
+def _options(
+    d: Draws, question: str, right: str, wrong: Sequence[str], *, why: str, key: str
+) -> Item:
     options = d.sample([right, *wrong], 4)
     mark = d.pick(("{}. ", "{}) ", "({}) "))
     shown = "\n".join(mark.format("ABCD"[i]) + option for i, option in enumerate(options))
@@ -963,7 +965,7 @@ def _choice(d: Draws) -> Item:
             ask = f"Which number is divisible by {base}?"
             why = f"{right} is divisible by {base}."
         wrong = [str(v) for v in values if v != right]
-        return _options(d, ask, str(right), wrong, why, ask)
+        return _options(d, ask, str(right), wrong, why=why, key=ask)
     if which == 4:
         group = d.pick(tuple(_GROUPS))
         right_word = d.pick(_GROUPS[group])
@@ -971,14 +973,18 @@ def _choice(d: Draws) -> Item:
         article = "an" if group == "animal" else "a"
         ask = f"Which one is {article} {group}?"
         wrong = d.sample(others, 3)
-        return _options(d, ask, right_word, wrong, f"{right_word} is {article} {group}.", ask)
+        return _options(
+            d, ask, right_word, wrong, why=f"{right_word} is {article} {group}.", key=ask
+        )
     if which == 5:
         words = [w for group in _GROUPS.values() for w in group]
         picked = d.sample(words, 4)
         letter = picked[0][0]
         _need(all(w[0].lower() != letter.lower() for w in picked[1:]))
         ask = f"Which word starts with {letter}?"
-        return _options(d, ask, picked[0], picked[1:], f"{picked[0]} starts with {letter}.", ask)
+        return _options(
+            d, ask, picked[0], picked[1:], why=f"{picked[0]} starts with {letter}.", key=ask
+        )
     if which == 6:
         left, right_word = d.pick(_OPPOSITES)
         if d.chance(1, 2):
@@ -986,7 +992,7 @@ def _choice(d: Draws) -> Item:
         words = [w for pair in _OPPOSITES for w in pair if w not in (left, right_word)]
         ask = f"What is the opposite of {left}?"
         why = f"The opposite of {left} is {right_word}."
-        return _options(d, ask, right_word, d.sample(words, 3), why, ask)
+        return _options(d, ask, right_word, d.sample(words, 3), why=why, key=ask)
     if which == 7:
         a, b = d.between(2, 60), d.between(2, 39)
         op = d.pick(("+", "-"))
@@ -998,7 +1004,7 @@ def _choice(d: Draws) -> Item:
         ask = d.pick((f"What is {a} {op} {b}?",
                       f"{name} has {a} {thing} and {act} {b}. How many is that?"))  # fmt: skip
         why = f"{a} {op} {b} = {c}."
-        return _options(d, ask, str(c), [str(v) for v in near], why, f"{a} {op} {b}")
+        return _options(d, ask, str(c), [str(v) for v in near], why=why, key=f"{a} {op} {b}")
     day = d.below(7)
     step = d.pick((1, -1))
     right_day = _DAYS[(day + step) % 7]
@@ -1006,7 +1012,7 @@ def _choice(d: Draws) -> Item:
     wrong_days = [w for w in _DAYS if w not in (right_day, _DAYS[day])]
     ask = f"Which day comes right {word} {_DAYS[day]}?"
     why = f"{right_day} comes right {word} {_DAYS[day]}."
-    return _options(d, ask, right_day, d.sample(wrong_days, 3), why, ask)
+    return _options(d, ask, right_day, d.sample(wrong_days, 3), why=why, key=ask)
 
 
 def _lookup(d: Draws) -> Item:
@@ -1076,8 +1082,9 @@ def split_of(item: Item) -> Split:
 def stream(kind: Kind, split: Split, seed: int) -> Iterator[Item]:
     """Endless items of one kind and split, no question twice.
 
-    The same arguments give the same items on every platform and Python version. Kinds other than ``math`` have
-    finitely many questions: after 20,000 draws in a row without a new one the stream ends.
+    The same arguments give the same items on every platform and Python version. Kinds other than
+    ``math`` have finitely many questions: after 20,000 draws in a row without a new one the stream
+    ends.
     """
     draws = Draws(seed, kind, split)
     seen: set[str] = set()

@@ -1,7 +1,7 @@
-"""Train a shipped expert from nothing: tokenizer, weights, and the files that ``transformers`` loads.
+"""Train a shipped expert from nothing: tokenizer, weights, and what ``transformers`` loads.
 
-``python -m dlmom_rs.zoo.train --expert tiny-math --out DIR``. Needs a CPU only; see the model cards for
-times. With the same arguments, versions and thread count the result is the same.
+``python -m dlmom_rs.zoo.train --expert tiny-math --out DIR``. Needs a CPU only; see the model
+cards for times. With the same arguments, versions and thread count the result is the same.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "tiny-math": Recipe(
         seed=11, hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, rows=496,
-        examples=240_000, mix={"math": 100},
+        examples=120_000, mix={"math": 100},
     ),
     "tiny-general": Recipe(
         seed=12, hidden=160, layers=4, heads=5, kv_heads=1, mlp=416, rows=512,
-        examples=240_000, mix={"math": 70, "code": 10, "choice": 10, "lookup": 10},
+        examples=120_000, mix={"math": 70, "code": 10, "choice": 10, "lookup": 10},
     ),
 }  # fmt: skip
 
@@ -119,7 +119,7 @@ def train_tokenizer() -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` to ``folder``."""
+    """Write ``tokenizer.json``, its configuration and the chat template to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -206,10 +206,10 @@ def examples(recipe: Recipe, tokenizer: Tokenizer, count: int) -> list[Example]:
 def batches(
     data: Sequence[Example], size: int, draws: Draws
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield ``(ids, labels)``, both int64 ``[size, longest]``; labels are -100 on prompt and padding.
+    """Yield ``(ids, labels)``, int64 ``[size, longest]``; labels are -100 on prompt and padding.
 
-    Examples are sorted by length inside pools of 64 batches, which leaves almost no padding, and the
-    batches of a pool come in random order.
+    Examples are sorted by length inside pools of 64 batches, which leaves almost no padding, and
+    the batches of a pool come in random order.
     """
     for start in range(0, len(data), size * 64):
         pool = sorted(data[start : start + size * 64], key=lambda e: len(e[0]))

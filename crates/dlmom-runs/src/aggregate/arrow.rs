@@ -54,15 +54,27 @@ fn batch_of(rows: &[Vec<(&'static str, Value)>]) -> Result<RecordBatch, Aggregat
 }
 
 fn text_of(value: &Value) -> Option<&str> {
-    if let Value::Text(v) = value { v.as_deref() } else { None }
+    if let Value::Text(v) = value {
+        v.as_deref()
+    } else {
+        None
+    }
 }
 
 fn float_of(value: &Value) -> Option<f64> {
-    if let Value::Float(v) = value { *v } else { None }
+    if let Value::Float(v) = value {
+        *v
+    } else {
+        None
+    }
 }
 
 fn count_of(value: &Value) -> Option<u64> {
-    if let Value::Count(v) = value { *v } else { None }
+    if let Value::Count(v) = value {
+        *v
+    } else {
+        None
+    }
 }
 
 fn flag_of(value: &Value) -> Option<bool> {
@@ -102,7 +114,11 @@ pub fn raw_batch<P: AsRef<Path>>(
             }
             row
         };
-        let read: Vec<_> = run.files.par_iter().map(|file| read_rows(file, lean)).collect();
+        let read: Vec<_> = run
+            .files
+            .par_iter()
+            .map(|file| read_rows(file, lean))
+            .collect();
         for result in read {
             let (file_rows, odd) = result?;
             warnings.extend(odd);
@@ -117,7 +133,17 @@ pub fn raw_batch<P: AsRef<Path>>(
 fn last_of_each(rows: Vec<RawRow>) -> Vec<RawRow> {
     let keyed: BTreeMap<_, RawRow> = rows
         .into_iter()
-        .map(|row| ((row.experiment.clone(), row.item_id.clone(), row.seed, row.sample), row))
+        .map(|row| {
+            (
+                (
+                    row.experiment.clone(),
+                    row.item_id.clone(),
+                    row.seed,
+                    row.sample,
+                ),
+                row,
+            )
+        })
         .collect();
     keyed.into_values().collect()
 }
@@ -164,7 +190,10 @@ fn raw_columns(
         ("answer_flexible", text(&|r| r.answer_flexible.clone())),
         ("answer_method", text(&|r| label(&r.answer_method))),
         ("gold", text(&|r| Some(r.gold.clone()))),
-        ("failure", text(&|r| r.failure.map(|f| f.label().to_owned()))),
+        (
+            "failure",
+            text(&|r| r.failure.map(|f| f.label().to_owned())),
+        ),
         ("error", text(&|r| r.error.clone())),
         ("stop", text(&|r| label(&r.stop))),
         ("explicit_tokens", int(&|r| Some(r.explicit_tokens))),
@@ -175,7 +204,10 @@ fn raw_columns(
         ("switches", int(&|r| Some(r.switches))),
         ("handoffs", int(&|r| Some(r.handoffs))),
         ("forward_tokens", long(&|r| Some(r.forward_tokens))),
-        ("forward_tokens_per_agent", list(&|r| r.forward_tokens_per_agent.clone())),
+        (
+            "forward_tokens_per_agent",
+            list(&|r| r.forward_tokens_per_agent.clone()),
+        ),
         ("uplink_bytes", long(&|r| Some(r.uplink_bytes))),
         ("downlink_bytes", long(&|r| Some(r.downlink_bytes))),
         ("entropy_mean", float(&|r| r.entropy.map(|e| e.mean))),
@@ -201,5 +233,8 @@ fn raw_columns(
 
 /// The name a unit variant has in files.
 fn label(value: &impl Serialize) -> Option<String> {
-    serde_json::to_value(value).ok()?.as_str().map(str::to_owned)
+    serde_json::to_value(value)
+        .ok()?
+        .as_str()
+        .map(str::to_owned)
 }

@@ -1,7 +1,7 @@
 //! CSV (RFC 4180, line feeds, empty fields for what is not there).
 
-use super::table::{TidyRow, Value};
 use super::Aggregate;
+use super::table::{TidyRow, Value};
 
 impl Aggregate {
     /// The long table as CSV.

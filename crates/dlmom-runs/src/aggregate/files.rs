@@ -17,21 +17,36 @@ pub(super) struct RunFiles {
 pub(super) fn find(path: &Path) -> Result<RunFiles, AggregateError> {
     let name = path.display().to_string();
     if path.is_file() {
-        return Ok(RunFiles { name, files: vec![path.to_owned()], manifest: None });
+        return Ok(RunFiles {
+            name,
+            files: vec![path.to_owned()],
+            manifest: None,
+        });
     }
     if !path.is_dir() {
-        return Err(AggregateError::NotFound { path: path.to_owned() });
+        return Err(AggregateError::NotFound {
+            path: path.to_owned(),
+        });
     }
     let raw = path.join("raw");
     let files = jsonl_in(if raw.is_dir() { &raw } else { path })?;
     if files.is_empty() {
-        return Err(AggregateError::NoRaw { path: path.to_owned() });
+        return Err(AggregateError::NoRaw {
+            path: path.to_owned(),
+        });
     }
-    Ok(RunFiles { name, files, manifest: read_manifest(path)? })
+    Ok(RunFiles {
+        name,
+        files,
+        manifest: read_manifest(path)?,
+    })
 }
 
 fn jsonl_in(folder: &Path) -> Result<Vec<PathBuf>, AggregateError> {
-    let read = |source| AggregateError::Read { path: folder.to_owned(), source };
+    let read = |source| AggregateError::Read {
+        path: folder.to_owned(),
+        source,
+    };
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(read)? {
         let path = entry.map_err(read)?.path();

@@ -63,9 +63,16 @@ fn line(cell: &AggregateCell) -> String {
         format!("{accuracy} [{:.1}, {:.1}]", 100.0 * ci.lo, 100.0 * ci.hi),
         format!("{:.1}", 100.0 * s.accuracy_flexible.value),
         versus.map_or_else(dash, |v| format!("{:+.1}", 100.0 * v.delta)),
-        p.map_or_else(dash, |p| if p < 0.001 { "$<$0.001".to_owned() } else { format!("{p:.3}") }),
+        p.map_or_else(dash, |p| {
+            if p < 0.001 {
+                "$<$0.001".to_owned()
+            } else {
+                format!("{p:.3}")
+            }
+        }),
         format!("{:.1}", s.total_steps.value),
-        s.latent_coverage.map_or_else(dash, |c| format!("{:.1}", 100.0 * c)),
+        s.latent_coverage
+            .map_or_else(dash, |c| format!("{:.1}", 100.0 * c)),
         format!("{:.1}", s.switches_mean.value),
         format!("{:.2}", s.latency_mean_s.value),
     ];

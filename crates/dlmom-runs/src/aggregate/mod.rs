@@ -130,7 +130,9 @@ fn one_run(path: &Path, all: &mut Aggregate) -> Result<(), AggregateError> {
         }
     }
     if rows.is_empty() {
-        return Err(AggregateError::NoRaw { path: path.to_owned() });
+        return Err(AggregateError::NoRaw {
+            path: path.to_owned(),
+        });
     }
     let ln_vocab = run.manifest.as_ref().and_then(|m| m.ln_vocab);
     let reference = rows.get(REF);
@@ -176,15 +178,26 @@ fn one_run(path: &Path, all: &mut Aggregate) -> Result<(), AggregateError> {
                 skipped: Some(planned.reason.clone().unwrap_or_default()),
                 summary: None,
             }),
-            _ => all.warnings.push(format!("{}: {} has no rows yet", run.name, planned.id)),
+            _ => all
+                .warnings
+                .push(format!("{}: {} has no rows yet", run.name, planned.id)),
         }
     }
-    let planned: Vec<&str> =
-        run.manifest.iter().flat_map(|m| &m.cells).map(|c| c.id.as_str()).collect();
+    let planned: Vec<&str> = run
+        .manifest
+        .iter()
+        .flat_map(|m| &m.cells)
+        .map(|c| c.id.as_str())
+        .collect();
     cells.sort_by_cached_key(|cell| {
         let position = planned.iter().position(|id| *id == cell.experiment);
         let rank = position.unwrap_or(planned.len());
-        (cell.experiment != REF, rank, natural(&cell.suite), natural(&cell.experiment))
+        (
+            cell.experiment != REF,
+            rank,
+            natural(&cell.suite),
+            natural(&cell.experiment),
+        )
     });
     all.cells.extend(cells);
     Ok(())
@@ -219,9 +232,13 @@ fn natural(name: &str) -> Vec<(String, u64)> {
     let mut pieces = Vec::new();
     let mut rest = name;
     while !rest.is_empty() {
-        let digits = rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len());
+        let digits = rest
+            .find(|c: char| c.is_ascii_digit())
+            .unwrap_or(rest.len());
         let (text, tail) = rest.split_at(digits);
-        let end = tail.find(|c: char| !c.is_ascii_digit()).unwrap_or(tail.len());
+        let end = tail
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(tail.len());
         pieces.push((text.to_owned(), tail[..end].parse().unwrap_or(u64::MAX)));
         rest = &tail[end..];
     }

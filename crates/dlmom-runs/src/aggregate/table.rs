@@ -92,7 +92,9 @@ impl Aggregate {
 }
 
 fn tidy_rows(cell: &AggregateCell) -> Vec<TidyRow> {
-    let Some(s) = &cell.summary else { return Vec::new() };
+    let Some(s) = &cell.summary else {
+        return Vec::new();
+    };
     let row = |metric, value, ci| TidyRow {
         run: cell.run.clone(),
         experiment: cell.experiment.clone(),
@@ -113,7 +115,11 @@ fn tidy_rows(cell: &AggregateCell) -> Vec<TidyRow> {
     let versus = s.versus_ref.as_ref();
     for (metric, accuracy, score) in [
         ("accuracy", &s.accuracy, versus.map(|v| v.strict)),
-        ("accuracy_flexible", &s.accuracy_flexible, versus.map(|v| v.flexible)),
+        (
+            "accuracy_flexible",
+            &s.accuracy_flexible,
+            versus.map(|v| v.flexible),
+        ),
     ] {
         rows.push(TidyRow {
             delta_vs_ref: score.map(|p| p.delta),
@@ -122,13 +128,21 @@ fn tidy_rows(cell: &AggregateCell) -> Vec<TidyRow> {
             ..row(metric, accuracy.value, Some(accuracy.ci))
         });
         rows.extend(accuracy.seed_std.map(|std| {
-            let name = if metric == "accuracy" { "accuracy_seed_std" } else { "accuracy_flexible_seed_std" };
+            let name = if metric == "accuracy" {
+                "accuracy_seed_std"
+            } else {
+                "accuracy_flexible_seed_std"
+            };
             row(name, std, None)
         }));
     }
     let failed: u64 = s.failures.values().sum();
     let failure_rate = failed as f64 / s.n as f64;
-    rows.push(row("failure_rate", failure_rate, wilson(failure_rate, s.n)));
+    rows.push(row(
+        "failure_rate",
+        failure_rate,
+        wilson(failure_rate, s.n_items),
+    ));
     let means: [(&'static str, Mean); 7] = [
         ("explicit_tokens", s.explicit_tokens),
         ("latent_steps", s.latent_steps),
@@ -159,7 +173,11 @@ fn tidy_rows(cell: &AggregateCell) -> Vec<TidyRow> {
         ("peak_device_bytes", s.peak_device_bytes.map(|b| b as f64)),
         ("peak_rss_bytes", s.peak_rss_bytes.map(|b| b as f64)),
     ];
-    rows.extend(plain.into_iter().filter_map(|(metric, v)| v.map(|v| row(metric, v, None))));
+    rows.extend(
+        plain
+            .into_iter()
+            .filter_map(|(metric, v)| v.map(|v| row(metric, v, None))),
+    );
     rows
 }
 
@@ -183,23 +201,44 @@ fn wide_row(cell: &AggregateCell) -> Vec<(&'static str, Value)> {
         ("accuracy_ci_lo", float(&|s| Some(s.accuracy.ci.lo))),
         ("accuracy_ci_hi", float(&|s| Some(s.accuracy.ci.hi))),
         ("accuracy_seed_std", float(&|s| s.accuracy.seed_std)),
-        ("accuracy_flexible", float(&|s| Some(s.accuracy_flexible.value))),
-        ("accuracy_flexible_ci_lo", float(&|s| Some(s.accuracy_flexible.ci.lo))),
-        ("accuracy_flexible_ci_hi", float(&|s| Some(s.accuracy_flexible.ci.hi))),
+        (
+            "accuracy_flexible",
+            float(&|s| Some(s.accuracy_flexible.value)),
+        ),
+        (
+            "accuracy_flexible_ci_lo",
+            float(&|s| Some(s.accuracy_flexible.ci.lo)),
+        ),
+        (
+            "accuracy_flexible_ci_hi",
+            float(&|s| Some(s.accuracy_flexible.ci.hi)),
+        ),
         ("delta_vs_ref", Value::Float(versus.map(|v| v.strict.delta))),
         ("n01", Value::Count(versus.map(|v| v.strict.n01))),
         ("n10", Value::Count(versus.map(|v| v.strict.n10))),
         ("p_value", Value::Float(versus.map(|v| v.strict.p_value))),
-        ("p_adj", Value::Float(versus.and_then(|v| v.strict.p_adjusted))),
-        ("minimum_detectable", Value::Float(versus.and_then(|v| v.strict.minimum_detectable))),
+        (
+            "p_adj",
+            Value::Float(versus.and_then(|v| v.strict.p_adjusted)),
+        ),
+        (
+            "minimum_detectable",
+            Value::Float(versus.and_then(|v| v.strict.minimum_detectable)),
+        ),
         ("shared_items", Value::Count(versus.map(|v| v.shared_items))),
         ("inert", Value::Flag(s.map(|s| s.inert))),
         ("latent_coverage", float(&|s| s.latent_coverage)),
         ("explicit_tokens", float(&|s| Some(s.explicit_tokens.value))),
         ("latent_steps", float(&|s| Some(s.latent_steps.value))),
         ("total_steps", float(&|s| Some(s.total_steps.value))),
-        ("total_steps_ci_lo", float(&|s| s.total_steps.ci.map(|c| c.lo))),
-        ("total_steps_ci_hi", float(&|s| s.total_steps.ci.map(|c| c.hi))),
+        (
+            "total_steps_ci_lo",
+            float(&|s| s.total_steps.ci.map(|c| c.lo)),
+        ),
+        (
+            "total_steps_ci_hi",
+            float(&|s| s.total_steps.ci.map(|c| c.hi)),
+        ),
         ("switches_mean", float(&|s| Some(s.switches_mean.value))),
         ("switches_p50", float(&|s| Some(s.switches.p50))),
         ("switches_p90", float(&|s| Some(s.switches.p90))),
@@ -210,15 +249,27 @@ fn wide_row(cell: &AggregateCell) -> Vec<(&'static str, Value)> {
         ("uplink_bytes_per_step", float(&|s| s.uplink.per_step)),
         ("downlink_bytes_per_step", float(&|s| s.downlink.per_step)),
         ("uplink_bytes_per_solved", float(&|s| s.uplink.per_solved)),
-        ("downlink_bytes_per_solved", float(&|s| s.downlink.per_solved)),
+        (
+            "downlink_bytes_per_solved",
+            float(&|s| s.downlink.per_solved),
+        ),
         ("topk_mass", float(&|s| s.topk_mass)),
         ("noise_kl", float(&|s| s.noise_kl)),
-        ("entropy_mean", float(&|s| s.entropy.as_ref().map(|e| e.mean))),
+        (
+            "entropy_mean",
+            float(&|s| s.entropy.as_ref().map(|e| e.mean)),
+        ),
         ("entropy_min", float(&|s| s.entropy.as_ref().map(|e| e.min))),
         ("entropy_max", float(&|s| s.entropy.as_ref().map(|e| e.max))),
         ("latency_mean_s", float(&|s| Some(s.latency_mean_s.value))),
-        ("latency_mean_ci_lo_s", float(&|s| s.latency_mean_s.ci.map(|c| c.lo))),
-        ("latency_mean_ci_hi_s", float(&|s| s.latency_mean_s.ci.map(|c| c.hi))),
+        (
+            "latency_mean_ci_lo_s",
+            float(&|s| s.latency_mean_s.ci.map(|c| c.lo)),
+        ),
+        (
+            "latency_mean_ci_hi_s",
+            float(&|s| s.latency_mean_s.ci.map(|c| c.hi)),
+        ),
         ("latency_p50_s", float(&|s| Some(s.latency_s.p50))),
         ("latency_p90_s", float(&|s| Some(s.latency_s.p90))),
         ("samples_per_s", float(&|s| s.samples_per_s)),

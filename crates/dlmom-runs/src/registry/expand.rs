@@ -3,10 +3,10 @@
 use dlmom_core::{AlphaUnit, ConsensusSpec, Gate, SamplingSpec, Start};
 use dlmom_eval::suggest::hint;
 
+use super::RegistryError;
 use super::experiment::{Experiment, REF, Unsupported};
 use super::file::Registry;
 use super::knobs::{Comm, Knob, Knobs, Kv, SoftMode};
-use super::RegistryError;
 
 /// Most steps where nobody says.
 const MAX_STEPS: u32 = 256;
@@ -77,24 +77,39 @@ impl Overrides {
     fn validate(&self) -> Result<(), RegistryError> {
         let wrong = |flag, message: String| Err(RegistryError::Override { flag, message });
         match *self {
-            Self { alpha: Some(alpha), .. } if !alpha.is_finite() || alpha < 0.0 => {
-                wrong("--alpha", format!("{alpha} is not a finite number of at least 0"))
-            }
-            Self { max_switches: Some(cap), .. } if cap < -1 => wrong(
+            Self {
+                alpha: Some(alpha), ..
+            } if !alpha.is_finite() || alpha < 0.0 => wrong(
+                "--alpha",
+                format!("{alpha} is not a finite number of at least 0"),
+            ),
+            Self {
+                max_switches: Some(cap),
+                ..
+            } if cap < -1 => wrong(
                 "--max-switches",
                 format!("{cap} is not a count; -1 is unlimited, 0 explicit only"),
             ),
-            Self { max_steps: Some(0), .. } => {
-                wrong("--max-steps", "0 leaves no step; give at least 1".to_owned())
-            }
-            Self { k: Some(k), .. } if k != -1 && k < 1 => {
-                wrong("--k", format!("{k} is not at least 1, nor -1 for the whole vocabulary"))
-            }
-            Self { answer_reserve: Some(reserve), max_steps, .. }
-                if reserve > max_steps.unwrap_or(MAX_STEPS) =>
-            {
+            Self {
+                max_steps: Some(0), ..
+            } => wrong(
+                "--max-steps",
+                "0 leaves no step; give at least 1".to_owned(),
+            ),
+            Self { k: Some(k), .. } if k != -1 && k < 1 => wrong(
+                "--k",
+                format!("{k} is not at least 1, nor -1 for the whole vocabulary"),
+            ),
+            Self {
+                answer_reserve: Some(reserve),
+                max_steps,
+                ..
+            } if reserve > max_steps.unwrap_or(MAX_STEPS) => {
                 let limit = max_steps.unwrap_or(MAX_STEPS);
-                wrong("--answer-reserve", format!("{reserve} exceeds the {limit} steps there are"))
+                wrong(
+                    "--answer-reserve",
+                    format!("{reserve} exceeds the {limit} steps there are"),
+                )
             }
             _ => Ok(()),
         }
@@ -137,7 +152,10 @@ pub struct Plan {
 impl Plan {
     /// The cells that run.
     pub fn runs(&self) -> impl Iterator<Item = &Experiment> {
-        self.cells.iter().filter(|c| c.kind == CellKind::Run).map(|c| &c.experiment)
+        self.cells
+            .iter()
+            .filter(|c| c.kind == CellKind::Run)
+            .map(|c| &c.experiment)
     }
 
     /// Whether this version can run every cell that runs.
@@ -145,7 +163,8 @@ impl Plan {
     /// # Errors
     /// The first part that is not built yet.
     pub fn check_supported(&self) -> Result<(), Unsupported> {
-        self.runs().try_for_each(|experiment| experiment.loop_config().map(drop))
+        self.runs()
+            .try_for_each(|experiment| experiment.loop_config().map(drop))
     }
 }
 
@@ -172,12 +191,24 @@ impl Registry {
                 });
             }
         }
-        let chosen = || self.suites.iter().filter(|s| suites.is_empty() || suites.contains(&s.name));
+        let chosen = || {
+            self.suites
+                .iter()
+                .filter(|s| suites.is_empty() || suites.contains(&s.name))
+        };
         let ids = || {
             std::iter::once(REF).chain(chosen().flat_map(|s| s.cells.iter().map(|c| c.id.as_str())))
         };
         for id in only {
             if !ids().any(|known| known == id) {
+                if let Some(suite) = self
+                    .suites
+                    .iter()
+                    .find(|s| s.cells.iter().any(|c| c.id == *id))
+                {
+                    let (id, suite) = (id.clone(), suite.name.clone());
+                    return Err(RegistryError::OtherSuite { id, suite });
+                }
                 return Err(RegistryError::UnknownId {
                     id: id.clone(),
                     hint: hint(id, ids()),
@@ -187,7 +218,10 @@ impl Registry {
         }
         let below = overrides.knobs().over(&self.defaults);
         let reference = self.build(REF, REF, &below, setting)?;
-        let mut cells = vec![PlannedCell { experiment: reference, kind: CellKind::Run }];
+        let mut cells = vec![PlannedCell {
+            experiment: reference,
+            kind: CellKind::Run,
+        }];
         for suite in chosen() {
             for cell in &suite.cells {
                 if !only.is_empty() && !only.contains(&cell.id) {
@@ -238,7 +272,10 @@ impl Registry {
             start: knobs.start.value().unwrap_or(Start::Gate),
             max_latent_steps: knobs.max_latent_steps.value().unwrap_or(MAX_LATENT_STEPS),
             max_steps,
-            answer_reserve: knobs.answer_reserve.value().unwrap_or((max_steps / 4).min(32)),
+            answer_reserve: knobs
+                .answer_reserve
+                .value()
+                .unwrap_or((max_steps / 4).min(32)),
             answer_cue,
             k: knobs.k.value().unwrap_or(K),
             comm: knobs.comm.value().unwrap_or(if setting.shared_model {
@@ -269,7 +306,15 @@ impl Registry {
                 message,
             })
         };
-        let Experiment { soft_mode, tau, lambda, k, max_steps, answer_reserve, .. } = experiment;
+        let Experiment {
+            soft_mode,
+            tau,
+            lambda,
+            k,
+            max_steps,
+            answer_reserve,
+            ..
+        } = experiment;
         if *soft_mode == SoftMode::Gumbel && tau.is_none() {
             return wrong("tau is missing; soft_mode: gumbel needs a number above 0".to_owned());
         }
@@ -282,7 +327,9 @@ impl Registry {
             if let Some(value) = value
                 && !(value.is_finite() && *value > 0.0)
             {
-                return wrong(format!("{name} is {value}; it must be a finite number above 0"));
+                return wrong(format!(
+                    "{name} is {value}; it must be a finite number above 0"
+                ));
             }
         }
         if *k != -1 && !(1..=i64::from(u32::MAX)).contains(k) {
@@ -322,7 +369,9 @@ fn kind_of(experiment: &Experiment, earlier: &[PlannedCell], setting: Setting) -
         .iter()
         .find(|cell| cell.kind == CellKind::Run && cell.experiment.same_outputs(experiment));
     match twin {
-        Some(cell) => CellKind::Alias { of: cell.experiment.id.clone() },
+        Some(cell) => CellKind::Alias {
+            of: cell.experiment.id.clone(),
+        },
         None => CellKind::Run,
     }
 }

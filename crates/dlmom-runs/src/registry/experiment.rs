@@ -1,8 +1,6 @@
 //! A fully expanded experiment and the loop it runs.
 
-use dlmom_core::{
-    AlphaUnit, ConsensusSpec, ControllerSpec, Gate, NoiseSpec, SamplingSpec, Start,
-};
+use dlmom_core::{AlphaUnit, ConsensusSpec, ControllerSpec, Gate, NoiseSpec, SamplingSpec, Start};
 use dlmom_eval::{canonical_json, sha256_hex};
 use dlmom_runtime::LoopConfig;
 use schemars::JsonSchema;
@@ -111,10 +109,12 @@ impl Experiment {
     pub(super) fn noise(&self) -> NoiseSpec {
         match self.soft_mode {
             SoftMode::Deterministic => NoiseSpec::None,
-            SoftMode::Gumbel => NoiseSpec::Gumbel { tau: self.tau.unwrap_or(f64::NAN) },
-            SoftMode::Dirichlet => {
-                NoiseSpec::Dirichlet { lambda: self.lambda.unwrap_or(f64::NAN) }
-            }
+            SoftMode::Gumbel => NoiseSpec::Gumbel {
+                tau: self.tau.unwrap_or(f64::NAN),
+            },
+            SoftMode::Dirichlet => NoiseSpec::Dirichlet {
+                lambda: self.lambda.unwrap_or(f64::NAN),
+            },
         }
     }
 
@@ -143,10 +143,16 @@ impl Experiment {
     pub fn loop_config(&self) -> Result<LoopConfig, Unsupported> {
         let cell = || self.id.clone();
         if matches!(self.suite.as_str(), "A3" | "A4") {
-            return Err(Unsupported::Suite { cell: cell(), suite: self.suite.clone() });
+            return Err(Unsupported::Suite {
+                cell: cell(),
+                suite: self.suite.clone(),
+            });
         }
         if self.comm == Comm::Logits {
-            return Err(Unsupported::Comm { cell: cell(), comm: "logits" });
+            return Err(Unsupported::Comm {
+                cell: cell(),
+                comm: "logits",
+            });
         }
         let kv = match self.kv {
             Kv::None => None,
@@ -179,7 +185,11 @@ impl Experiment {
     /// Whether the outputs are those of `other`: equal apart from name and suite.
     #[must_use]
     pub fn same_outputs(&self, other: &Self) -> bool {
-        let renamed = Self { id: self.id.clone(), suite: self.suite.clone(), ..other.clone() };
+        let renamed = Self {
+            id: self.id.clone(),
+            suite: self.suite.clone(),
+            ..other.clone()
+        };
         *self == renamed
     }
 

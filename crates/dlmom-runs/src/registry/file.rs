@@ -94,8 +94,10 @@ impl Registry {
     /// # Errors
     /// [`RegistryError`], naming the file and the place in it.
     pub fn load(path: &Path) -> Result<Self, RegistryError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| RegistryError::Read { file: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| RegistryError::Read {
+            file: path.to_owned(),
+            source,
+        })?;
         Self::parse(&path.display().to_string(), &text)
     }
 
@@ -114,7 +116,12 @@ impl Registry {
                 let line = spanned.referenced.line();
                 let id = spanned.value;
                 if let Some(reason) = wrong_id(&id) {
-                    return Err(RegistryError::BadId { file: file.to_owned(), line, id, reason });
+                    return Err(RegistryError::BadId {
+                        file: file.to_owned(),
+                        line,
+                        id,
+                        reason,
+                    });
                 }
                 // Files named by ids must stay apart on case-insensitive disks too.
                 if let Some(&first) = first_line.get(&id.to_lowercase()) {
@@ -127,21 +134,38 @@ impl Registry {
                 }
                 first_line.insert(id.to_lowercase(), line);
                 if let Some(field) = knobs.wrong_null() {
-                    return Err(RegistryError::Null { file: file.to_owned(), cell: id, field });
+                    return Err(RegistryError::Null {
+                        file: file.to_owned(),
+                        cell: id,
+                        field,
+                    });
                 }
                 checked.push(Cell { id, knobs });
             }
-            suites.push(Suite { name, cells: checked });
+            suites.push(Suite {
+                name,
+                cells: checked,
+            });
         }
         if suites.iter().all(|s| s.cells.is_empty()) {
-            return Err(RegistryError::Empty { file: file.to_owned() });
+            return Err(RegistryError::Empty {
+                file: file.to_owned(),
+            });
         }
         let defaults = Knobs::from(parsed.defaults);
         if let Some(field) = defaults.wrong_null() {
             let cell = "defaults".to_owned();
-            return Err(RegistryError::Null { file: file.to_owned(), cell, field });
+            return Err(RegistryError::Null {
+                file: file.to_owned(),
+                cell,
+                field,
+            });
         }
-        Ok(Self { file: file.to_owned(), defaults, suites })
+        Ok(Self {
+            file: file.to_owned(),
+            defaults,
+            suites,
+        })
     }
 }
 

@@ -97,6 +97,14 @@ pub enum RegistryError {
         /// All suites.
         known: String,
     },
+    /// A cell of a suite that was not asked for.
+    #[error("id `{id}` is in suite {suite}, which was not asked for")]
+    OtherSuite {
+        /// The name asked for.
+        id: String,
+        /// Its suite.
+        suite: String,
+    },
     /// No cell of that name among the suites asked for.
     #[error("unknown id `{id}`{hint}; known: {known}")]
     UnknownId {

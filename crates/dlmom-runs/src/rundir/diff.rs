@@ -21,7 +21,13 @@ impl fmt::Display for FieldDiff {
             Some(value) => value.to_string(),
             None => "(absent)".to_owned(),
         };
-        write!(f, "{}: recorded {}, now {}", self.path, show(&self.recorded), show(&self.current))
+        write!(
+            f,
+            "{}: recorded {}, now {}",
+            self.path,
+            show(&self.recorded),
+            show(&self.current)
+        )
     }
 }
 
@@ -33,17 +39,16 @@ pub fn diff(path: &str, recorded: &Value, current: &Value) -> Vec<FieldDiff> {
     found
 }
 
-fn walk(
-    path: &str,
-    recorded: Option<&Value>,
-    current: Option<&Value>,
-    found: &mut Vec<FieldDiff>,
-) {
+fn walk(path: &str, recorded: Option<&Value>, current: Option<&Value>, found: &mut Vec<FieldDiff>) {
     match (recorded, current) {
         (Some(Value::Object(a)), Some(Value::Object(b))) => {
             let new = b.keys().filter(|key| !a.contains_key(*key));
             for key in a.keys().chain(new) {
-                let inner = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                let inner = if path.is_empty() {
+                    key.clone()
+                } else {
+                    format!("{path}.{key}")
+                };
                 walk(&inner, a.get(key), b.get(key), found);
             }
         }
@@ -69,7 +74,8 @@ mod tests {
 
     #[test]
     fn only_differing_leaves_are_named() {
-        let a = json!({"k": 50, "models": [{"dtype": "bf16"}], "gone": 1, "same": [1, {"x": null}]});
+        let a =
+            json!({"k": 50, "models": [{"dtype": "bf16"}], "gone": 1, "same": [1, {"x": null}]});
         let b = json!({"k": 10, "models": [{"dtype": "fp32"}, 2], "same": [1, {"x": null}], "new": true});
         let said: Vec<String> = diff("", &a, &b).iter().map(ToString::to_string).collect();
         assert_eq!(

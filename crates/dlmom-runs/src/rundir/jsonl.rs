@@ -100,7 +100,11 @@ impl JsonlWriter {
         mut visit: impl FnMut(usize, &[u8]) -> Result<(), JsonlError>,
     ) -> Result<(Self, Repair), JsonlError> {
         let io = |action| {
-            move |source| JsonlError::Io { file: path.to_owned(), action, source }
+            move |source| JsonlError::Io {
+                file: path.to_owned(),
+                action,
+                source,
+            }
         };
         let mut file = OpenOptions::new()
             .read(true)
@@ -108,6 +112,14 @@ impl JsonlWriter {
             .create(true)
             .open(path)
             .map_err(io("open"))?;
+        if !file.metadata().map_err(io("open"))?.is_file() {
+            let source = std::io::Error::other("not a regular file");
+            return Err(JsonlError::Io {
+                file: path.to_owned(),
+                action: "append to",
+                source,
+            });
+        }
         let mut reader = BufReader::new(&file);
         let mut line = Vec::new();
         let mut number = 0;
@@ -130,9 +142,15 @@ impl JsonlWriter {
                 repair = Repair::Completed;
             } else {
                 let aside = aside_of(path);
-                set_aside(&aside, &line)
-                    .map_err(|source| JsonlError::Io { file: aside.clone(), action: "write", source })?;
-                repair = Repair::Torn { bytes: read as u64, aside };
+                set_aside(&aside, &line).map_err(|source| JsonlError::Io {
+                    file: aside.clone(),
+                    action: "write",
+                    source,
+                })?;
+                repair = Repair::Torn {
+                    bytes: read as u64,
+                    aside,
+                };
             }
         }
         match repair {
@@ -146,7 +164,15 @@ impl JsonlWriter {
                 file.seek(SeekFrom::End(0)).map_err(io("seek"))?;
             }
         }
-        Ok((Self { file, path: path.to_owned(), len: whole, poisoned: false }, repair))
+        Ok((
+            Self {
+                file,
+                path: path.to_owned(),
+                len: whole,
+                poisoned: false,
+            },
+            repair,
+        ))
     }
 
     /// Appends `value` as one line. A write that fails half way is undone, so that the file still holds whole lines only.
@@ -155,10 +181,14 @@ impl JsonlWriter {
     /// [`JsonlError`]; the line is then not in the file.
     pub fn append<T: Serialize>(&mut self, value: &T) -> Result<(), JsonlError> {
         if self.poisoned {
-            return Err(JsonlError::Poisoned { file: self.path.clone() });
+            return Err(JsonlError::Poisoned {
+                file: self.path.clone(),
+            });
         }
-        let mut line = serde_json::to_vec(value)
-            .map_err(|source| JsonlError::Encode { file: self.path.clone(), source })?;
+        let mut line = serde_json::to_vec(value).map_err(|source| JsonlError::Encode {
+            file: self.path.clone(),
+            source,
+        })?;
         line.push(b'\n');
         let written = self.file.write_all(&line).and_then(|()| self.file.flush());
         match written {
@@ -168,7 +198,11 @@ impl JsonlWriter {
             }
             Err(source) => {
                 self.poisoned = self.file.set_len(self.len).is_err();
-                Err(JsonlError::Io { file: self.path.clone(), action: "write", source })
+                Err(JsonlError::Io {
+                    file: self.path.clone(),
+                    action: "write",
+                    source,
+                })
             }
         }
     }
@@ -248,7 +282,11 @@ impl RawWriter {
                     expected: config_hash.to_owned(),
                 });
             }
-            done.insert(JobKey { item_id: row.item_id, seed: row.seed, sample: row.sample });
+            done.insert(JobKey {
+                item_id: row.item_id,
+                seed: row.seed,
+                sample: row.sample,
+            });
             Ok(())
         })?;
         Ok((Self { writer, done }, repair))
@@ -282,5 +320,36 @@ impl RawWriter {
     /// [`JsonlError::Io`].
     pub fn sync(&self) -> Result<(), JsonlError> {
         self.writer.sync()
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_an_error_that_names_the_file() {
+        let path = PathBuf::from("/dev/full");
+        let file = OpenOptions::new().append(true).open(&path).unwrap();
+        let mut writer = JsonlWriter {
+            file,
+            path: path.clone(),
+            len: 0,
+            poisoned: false,
+        };
+        let error = writer.append(&1).unwrap_err().to_string();
+        assert!(
+            error.starts_with("/dev/full: cannot write: No space left"),
+            "{error}"
+        );
+        // A device cannot be cut back, so nothing may follow what was half written.
+        assert!(matches!(
+            writer.append(&1),
+            Err(JsonlError::Poisoned { .. })
+        ));
+        let refused = JsonlWriter::open(&path, |_, _| Ok(()))
+            .unwrap_err()
+            .to_string();
+        assert_eq!(refused, "/dev/full: cannot append to: not a regular file");
     }
 }

@@ -113,9 +113,13 @@ impl ManifestCell {
                     CellKind::Alias { of } => (Kind::Alias, Some(of.clone()), None),
                     CellKind::Skip { reason } => (Kind::Skip, None, Some(reason.clone())),
                 };
-                let config_hash = cell.experiment.config_hash(context).map_err(|source| {
-                    RunDirError::Encode { what: cell.experiment.id.clone(), source }
-                })?;
+                let config_hash =
+                    cell.experiment
+                        .config_hash(context)
+                        .map_err(|source| RunDirError::Encode {
+                            what: cell.experiment.id.clone(),
+                            source,
+                        })?;
                 Ok(Self {
                     id: cell.experiment.id.clone(),
                     suite: cell.experiment.suite.clone(),
@@ -148,7 +152,9 @@ impl Manifest {
             seeds: self.seeds.clone(),
             ..current.clone()
         };
-        merged.invocations.extend(current.invocations.iter().cloned());
+        merged
+            .invocations
+            .extend(current.invocations.iter().cloned());
         for seed in &current.seeds {
             if !merged.seeds.contains(seed) {
                 merged.seeds.push(*seed);
@@ -173,7 +179,13 @@ pub fn read_manifest(folder: &Path) -> Result<Option<Manifest>, RunDirError> {
     let text = match std::fs::read_to_string(&path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(RunDirError::Io { path, action: "read", source }),
+        Err(source) => {
+            return Err(RunDirError::Io {
+                path,
+                action: "read",
+                source,
+            });
+        }
     };
     match serde_json::from_str(&text) {
         Ok(manifest) => Ok(Some(manifest)),
@@ -186,7 +198,13 @@ pub fn read_manifest(folder: &Path) -> Result<Option<Manifest>, RunDirError> {
 /// # Errors
 /// [`RunDirError::Io`]; the old content is then untouched.
 pub fn write_atomic(path: &Path, content: &[u8]) -> Result<(), RunDirError> {
-    let io = |action| move |source| RunDirError::Io { path: path.to_owned(), action, source };
+    let io = |action| {
+        move |source| RunDirError::Io {
+            path: path.to_owned(),
+            action,
+            source,
+        }
+    };
     let mut name = path.as_os_str().to_owned();
     name.push(".tmp");
     let temporary = std::path::PathBuf::from(name);

@@ -139,13 +139,19 @@ impl RunDir {
         let lock = take_lock(out)?;
         let recorded = read_manifest(out)?;
         let manifest = match &recorded {
-            Some(_) if !resume => return Err(RunDirError::Exists { path: out.to_owned() }),
+            Some(_) if !resume => {
+                return Err(RunDirError::Exists {
+                    path: out.to_owned(),
+                });
+            }
             Some(recorded) => {
                 check_config(out, recorded, &manifest, plan)?;
                 recorded.continued_by(&manifest)
             }
             None if has_rows(out) => {
-                return Err(RunDirError::NoManifest { path: out.to_owned() });
+                return Err(RunDirError::NoManifest {
+                    path: out.to_owned(),
+                });
             }
             None => manifest,
         };
@@ -157,13 +163,23 @@ impl RunDir {
                 source,
             })?;
         }
-        let dir =
-            Self { root: out.to_owned(), manifest, resumed: recorded.is_some(), _lock: lock };
-        for cell in plan.cells.iter().filter(|c| !matches!(c.kind, CellKind::Skip { .. })) {
+        let dir = Self {
+            root: out.to_owned(),
+            manifest,
+            resumed: recorded.is_some(),
+            _lock: lock,
+        };
+        for cell in plan
+            .cells
+            .iter()
+            .filter(|c| !matches!(c.kind, CellKind::Skip { .. }))
+        {
             let id = &cell.experiment.id;
-            let text = yaml::to_string(&cell.experiment).map_err(|message| {
-                RunDirError::EncodeYaml { what: id.clone(), message }
-            })?;
+            let text =
+                yaml::to_string(&cell.experiment).map_err(|message| RunDirError::EncodeYaml {
+                    what: id.clone(),
+                    message,
+                })?;
             write_atomic(&config_path(out, id), text.as_bytes())?;
         }
         dir.write_manifest()?;
@@ -243,8 +259,10 @@ impl RunDir {
 }
 
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), RunDirError> {
-    let mut text = serde_json::to_string_pretty(value)
-        .map_err(|source| RunDirError::Encode { what: path.display().to_string(), source })?;
+    let mut text = serde_json::to_string_pretty(value).map_err(|source| RunDirError::Encode {
+        what: path.display().to_string(),
+        source,
+    })?;
     text.push('\n');
     write_atomic(path, text.as_bytes())
 }
@@ -262,7 +280,11 @@ pub fn read_config(out: &Path, id: &str) -> Result<Option<Experiment>, RunDirErr
     match std::fs::read_to_string(&path) {
         Ok(text) => Ok(Some(yaml::from_str(&path.display().to_string(), &text)?)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(RunDirError::Io { path, action: "read", source }),
+        Err(source) => Err(RunDirError::Io {
+            path,
+            action: "read",
+            source,
+        }),
     }
 }
 
@@ -276,21 +298,36 @@ fn check_config(
     current: &Manifest,
     plan: &Plan,
 ) -> Result<(), RunDirError> {
-    let mut found: Vec<String> =
-        recorded.conflicts(current).iter().map(ToString::to_string).collect();
+    let mut found: Vec<String> = recorded
+        .conflicts(current)
+        .iter()
+        .map(ToString::to_string)
+        .collect();
     for cell in &plan.cells {
         let id = &cell.experiment.id;
-        let Some(before) = read_config(out, id)? else { continue };
-        let encode = |source| RunDirError::Encode { what: id.clone(), source };
-        let (a, b) =
-            (before.knobs().map_err(encode)?, cell.experiment.knobs().map_err(encode)?);
+        let Some(before) = read_config(out, id)? else {
+            continue;
+        };
+        let encode = |source| RunDirError::Encode {
+            what: id.clone(),
+            source,
+        };
+        let (a, b) = (
+            before.knobs().map_err(encode)?,
+            cell.experiment.knobs().map_err(encode)?,
+        );
         found.extend(diff(id, &a, &b).iter().map(ToString::to_string));
     }
     if found.is_empty() {
         return Ok(());
     }
-    let differences = found.iter().fold(String::new(), |text, line| text + "\n  " + line);
-    Err(RunDirError::OtherConfig { path: out.to_owned(), differences })
+    let differences = found
+        .iter()
+        .fold(String::new(), |text, line| text + "\n  " + line);
+    Err(RunDirError::OtherConfig {
+        path: out.to_owned(),
+        differences,
+    })
 }
 
 /// Locks the folder for this process; the lock file holds its id.
@@ -298,7 +335,11 @@ fn take_lock(out: &Path) -> Result<File, RunDirError> {
     let path = out.join(".lock");
     let io = |action| {
         let path = path.clone();
-        move |source| RunDirError::Io { path, action, source }
+        move |source| RunDirError::Io {
+            path,
+            action,
+            source,
+        }
     };
     let mut file = OpenOptions::new()
         .read(true)
@@ -317,7 +358,10 @@ fn take_lock(out: &Path) -> Result<File, RunDirError> {
                 "" => String::new(),
                 pid => format!(" (process {pid})"),
             };
-            return Err(RunDirError::Locked { path: out.to_owned(), holder });
+            return Err(RunDirError::Locked {
+                path: out.to_owned(),
+                holder,
+            });
         }
         Err(TryLockError::Error(source)) => return Err(io("lock")(source)),
     }

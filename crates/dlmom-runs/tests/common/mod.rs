@@ -1,5 +1,10 @@
 //! Rows and plans for the tests.
-#![allow(dead_code, clippy::unwrap_used, clippy::allow_attributes, reason = "shared by several test binaries")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::allow_attributes,
+    reason = "shared by several test binaries"
+)]
 
 use std::path::Path;
 
@@ -9,18 +14,29 @@ use dlmom_runtime::outcome::ENTROPY_BINS;
 use dlmom_runtime::{JobKey, MemoryStats, Outcome, Spread, Stop, entropy_bin};
 use serde_json::{Value, json};
 
-pub const ENSEMBLE: Setting = Setting { shared_model: false, experts: 2 };
-pub const SHARED: Setting = Setting { shared_model: true, experts: 2 };
+pub(crate) const ENSEMBLE: Setting = Setting {
+    shared_model: false,
+    experts: 2,
+};
+pub(crate) const SHARED: Setting = Setting {
+    shared_model: true,
+    experts: 2,
+};
 
-pub fn plan(suites: &[&str], only: &[&str], setting: Setting) -> Plan {
+pub(crate) fn plan(suites: &[&str], only: &[&str], setting: Setting) -> Plan {
     let strings = |words: &[&str]| words.iter().map(ToString::to_string).collect::<Vec<_>>();
     Registry::builtin()
         .unwrap()
-        .expand(&strings(suites), &strings(only), setting, &Overrides::default())
+        .expand(
+            &strings(suites),
+            &strings(only),
+            setting,
+            &Overrides::default(),
+        )
         .unwrap()
 }
 
-pub fn experiment(id: &str) -> Experiment {
+pub(crate) fn experiment(id: &str) -> Experiment {
     plan(&[], &[], ENSEMBLE)
         .cells
         .into_iter()
@@ -29,16 +45,20 @@ pub fn experiment(id: &str) -> Experiment {
         .experiment
 }
 
-pub fn context() -> Value {
+pub(crate) fn context() -> Value {
     json!({"bench": "tinygsm", "data_sha256": "00", "dtype": "fp32", "threads": 2})
 }
 
-pub fn item(index: u64) -> Item {
-    Item { id: format!("item-{index}"), question: "q".into(), gold: index.to_string() }
+pub(crate) fn item(index: u64) -> Item {
+    Item {
+        id: format!("item-{index}"),
+        question: "q".into(),
+        gold: index.to_string(),
+    }
 }
 
 /// A sample of `item` that answers `answer` after `latent` latent and 5 explicit steps.
-pub fn outcome(item: &Item, seed: u64, answer: Option<u64>, latent: u32) -> Outcome {
+pub(crate) fn outcome(item: &Item, seed: u64, answer: Option<u64>, latent: u32) -> Outcome {
     let text = answer.map_or_else(|| "I cannot tell.".to_owned(), |a| format!("so\n#### {a}"));
     let mut hist = vec![0u32; ENTROPY_BINS];
     let entropies = [0.002, 0.03, 0.4];
@@ -46,7 +66,11 @@ pub fn outcome(item: &Item, seed: u64, answer: Option<u64>, latent: u32) -> Outc
         hist[entropy_bin(entropies[step % 3])] += 1;
     }
     Outcome {
-        key: JobKey { item_id: item.id.clone(), seed, sample: 0 },
+        key: JobKey {
+            item_id: item.id.clone(),
+            seed,
+            sample: 0,
+        },
         stop: Stop::Eos,
         error: None,
         tokens: vec![1, 2, 3, 4, 5],
@@ -60,7 +84,11 @@ pub fn outcome(item: &Item, seed: u64, answer: Option<u64>, latent: u32) -> Outc
         forward_tokens: vec![16 + latent, 17 + latent],
         uplink_bytes: 400,
         downlink_bytes: 40,
-        entropy: Spread { mean: 0.1, min: 0.002, max: 0.4 },
+        entropy: Spread {
+            mean: 0.1,
+            min: 0.002,
+            max: 0.4,
+        },
         entropy_hist: hist,
         topk_mass: (latent > 0).then_some(0.9),
         noise_kl: (latent > 0).then_some(0.05),
@@ -70,7 +98,13 @@ pub fn outcome(item: &Item, seed: u64, answer: Option<u64>, latent: u32) -> Outc
     }
 }
 
-pub fn row(experiment: &Experiment, index: u64, seed: u64, answer: Option<u64>, latent: u32) -> RawRow {
+pub(crate) fn row(
+    experiment: &Experiment,
+    index: u64,
+    seed: u64,
+    answer: Option<u64>,
+    latent: u32,
+) -> RawRow {
     let item = item(index);
     let hash = experiment.config_hash(&context()).unwrap();
     let context = RowContext {
@@ -78,14 +112,20 @@ pub fn row(experiment: &Experiment, index: u64, seed: u64, answer: Option<u64>, 
         config_hash: &hash,
         bench: "tinygsm",
         batch_size: 8,
-        memory: MemoryStats { kv_bytes: 0, peak_device_bytes: None, peak_rss_bytes: Some(1 << 20) },
+        memory: MemoryStats {
+            kv_bytes: 0,
+            peak_device_bytes: None,
+            peak_rss_bytes: Some(1 << 20),
+        },
     };
     RawRow::new(&context, &outcome(&item, seed, answer, latent), &item).unwrap()
 }
 
-pub fn write_rows(path: &Path, rows: &[RawRow]) {
+pub(crate) fn write_rows(path: &Path, rows: &[RawRow]) {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-    let text: String =
-        rows.iter().map(|r| serde_json::to_string(r).unwrap() + "\n").collect();
+    let text: String = rows
+        .iter()
+        .map(|r| serde_json::to_string(r).unwrap() + "\n")
+        .collect();
     std::fs::write(path, text).unwrap();
 }

@@ -1,0 +1,193 @@
+//! Protocol overhead: packet codec, top-k, consensus readout, controller, one mock round.
+//!
+//! Synthetic inputs only. Times are per operation; rounds report rows a second.
+
+#![expect(clippy::unwrap_used, reason = "a bench that fails has to stop")]
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use dlmom_benches::{Lcg, cheap_backend, logits, packet};
+use dlmom_core::{
+    AlphaUnit, ConsensusSpec, Controller, ControllerSpec, Gate, GateController, NoiseSpec, Request,
+    RowReadout, SamplingSpec, Scratch, Start, Stream, noise, read_row, top_k,
+};
+use dlmom_packet::{Encoding, Meta, decode_exact, encode_into, encoded_len};
+use dlmom_runtime::{
+    EnsembleInfo, Job, JobKey, LoopConfig, MemoryStats, Outcome, PromptSource, RunOptions, Sink, run,
+};
+
+const VOCAB: u32 = 151_665;
+
+fn codec(c: &mut Criterion) {
+    let mut group = c.benchmark_group("packet");
+    for k in [10, 50, 1000] {
+        let packet = packet(k, VOCAB);
+        let meta = Meta { fingerprint: 1, step: 3 };
+        for encoding in [Encoding::F32, Encoding::Bf16] {
+            let mut bytes = Vec::new();
+            group.throughput(Throughput::Bytes(encoded_len(k, encoding) as u64));
+            group.bench_function(BenchmarkId::new(format!("encode/{encoding}"), k), |b| {
+                b.iter(|| {
+                    bytes.clear();
+                    encode_into(black_box(&packet), meta, encoding, &mut bytes).unwrap()
+                });
+            });
+            group.bench_function(BenchmarkId::new(format!("decode/{encoding}"), k), |b| {
+                b.iter(|| decode_exact(black_box(&bytes)).unwrap());
+            });
+        }
+    }
+    group.finish();
+}
+
+fn selection(c: &mut Criterion) {
+    let mut group = c.benchmark_group("top_k");
+    for vocab in [512, 32_000, VOCAB as usize] {
+        let row = logits(1, vocab, 3).remove(0);
+        let mut out = Vec::new();
+        group.throughput(Throughput::Elements(vocab as u64));
+        group.bench_function(BenchmarkId::new("k=50", vocab), |b| {
+            b.iter(|| top_k(black_box(&row), 50, &mut out));
+        });
+    }
+    group.finish();
+}
+
+fn consensus(c: &mut Criterion) {
+    let mut group = c.benchmark_group("consensus");
+    group.sample_size(20);
+    for vocab in [512, VOCAB as usize] {
+        for experts in [1, 2, 3] {
+            let rows = logits(experts, vocab, 5);
+            let views: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+            for (name, spec) in [("ties", ConsensusSpec::paper()), ("mean", ConsensusSpec::Mean)] {
+                let mut scratch = Scratch::default();
+                let mut out = RowReadout::default();
+                let request = Request {
+                    top: 50,
+                    per_agent_top: 0,
+                    targets: None,
+                    draw: None,
+                    role: &[0],
+                };
+                group.throughput(Throughput::Elements((vocab * experts) as u64));
+                group.bench_function(
+                    BenchmarkId::new(format!("{name}/K={experts}"), vocab),
+                    |b| {
+                        b.iter(|| {
+                            read_row(black_box(&views), &spec, &request, &mut scratch, &mut out);
+                        });
+                    },
+                );
+            }
+        }
+    }
+    group.finish();
+}
+
+fn spec(gate: Gate) -> ControllerSpec {
+    ControllerSpec {
+        gate,
+        w: Some(5),
+        alpha: 0.5,
+        alpha_unit: AlphaUnit::Normalized,
+        cap: -1,
+        min_dwell_latent: 1,
+        min_dwell_explicit: 1,
+        convergence_threshold: None,
+        slope_eps: None,
+        var_eps: None,
+        max_latent_steps: u32::MAX,
+        start: Start::Gate,
+    }
+}
+
+fn controller(c: &mut Criterion) {
+    let mut group = c.benchmark_group("controller");
+    let mut rng = Lcg::new(11);
+    let entropies: Vec<f64> = (0..1024).map(|_| f64::from(rng.unit())).collect();
+    group.throughput(Throughput::Elements(entropies.len() as u64));
+    for (name, gate) in [("threshold", Gate::Threshold), ("trend", Gate::Trend)] {
+        let prototype = GateController::new(&spec(gate)).unwrap();
+        group.bench_function(BenchmarkId::new("1024 steps", name), |b| {
+            b.iter(|| {
+                let mut controller = prototype.clone();
+                for &h in &entropies {
+                    black_box(controller.observe(h, None));
+                }
+                controller.switches()
+            });
+        });
+    }
+    group.finish();
+}
+
+fn perturbation(c: &mut Criterion) {
+    let mut group = c.benchmark_group("noise");
+    let packet = packet(50, VOCAB);
+    let stream = Stream { seed: 1, sample: 2, step: 3 };
+    for (name, spec) in [
+        ("gumbel", NoiseSpec::Gumbel { tau: 1.0 }),
+        ("dirichlet", NoiseSpec::Dirichlet { lambda: 50.0 }),
+    ] {
+        group.bench_function(BenchmarkId::new("k=50", name), |b| {
+            b.iter(|| noise::apply(&spec, packet.ids(), packet.probs(), &stream).unwrap());
+        });
+    }
+    group.finish();
+}
+
+struct Count(u64);
+
+impl Sink for Count {
+    fn finished(
+        &mut self,
+        outcome: Outcome,
+        _: &EnsembleInfo,
+        _: MemoryStats,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.0 += u64::from(outcome.total_steps());
+        Ok(())
+    }
+}
+
+fn round(c: &mut Criterion) {
+    let mut group = c.benchmark_group("mock_round");
+    group.sample_size(20);
+    let config = LoopConfig {
+        k: 50,
+        controller: spec(Gate::Threshold),
+        consensus: ConsensusSpec::paper(),
+        noise: NoiseSpec::None,
+        sampling: SamplingSpec::GREEDY,
+        max_steps: 16,
+        answer_reserve: 0,
+        answer_cue: None,
+    };
+    for agents in [1, 3] {
+        for slots in [1, 8, 64] {
+            let jobs = |n: u32| {
+                (0..n).map(move |i| Job {
+                    key: JobKey { item_id: i.to_string(), seed: 0, sample: 0 },
+                    prompts: vec![PromptSource::Tokens { ids: vec![1, 2, 3] }; agents],
+                    trace: false,
+                })
+            };
+            let mut backend = cheap_backend(agents, 512, slots, 64);
+            group.throughput(Throughput::Elements(u64::from(slots) * 16));
+            group.bench_function(BenchmarkId::new(format!("K={agents}"), slots), |b| {
+                b.iter(|| {
+                    let mut sink = Count(0);
+                    let options = RunOptions::default();
+                    run(&mut backend, &config, &options, &mut jobs(slots), &mut sink).unwrap();
+                    sink.0
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, codec, selection, consensus, controller, perturbation, round);
+criterion_main!(benches);

@@ -1,0 +1,222 @@
+"""The boundary between the Rust loop and the Python engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dlmom_rs
+from dlmom_rs import DeepLatentMoM, _core
+
+
+@pytest.fixture(scope="module")
+def ensemble() -> DeepLatentMoM:
+    return DeepLatentMoM.from_pretrained(
+        ["zoo:tiny-math", "zoo:tiny-general"],
+        device="cpu",
+        dtype="fp32",
+        batch_size=4,
+        max_len=256,
+        threads=1,
+    )
+
+
+LATENT: dict[str, Any] = {
+    "controller": {"alpha": 0.3, "alpha_unit": "nats"},
+    "max_steps": 60,
+    "answer_reserve": 8,
+}
+
+
+def patched(
+    monkeypatch: pytest.MonkeyPatch, model: DeepLatentMoM, fail: Callable[[int], BaseException | None]
+) -> None:
+    """Makes the engine's n-th ``advance`` raise what ``fail(n)`` gives."""
+    original = model._engine.advance
+    calls = 0
+
+    def advance(feeds: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        error = fail(calls)
+        if error is not None:
+            raise error
+        return original(feeds)
+
+    monkeypatch.setattr(model._engine, "advance", advance)
+
+
+def test_the_engine_keeps_the_backend_contract(ensemble: DeepLatentMoM) -> None:
+    _core.conformance(ensemble._engine, 2e-4)
+
+
+def test_the_contract_holds_with_two_tokenizers_in_separate_lanes(shared: Path) -> None:
+    from dlmom_rs.engine.backend import Engine
+
+    engine = Engine.load(
+        [str(shared / "models" / "stories260k"), str(shared / "models" / "tinystories-656k-bf16")],
+        [0, 1],
+        device="cpu",
+        dtype="fp32",
+        slots=8,
+        max_len=64,
+        threads=1,
+        trust_remote_code=False,
+        deterministic=False,
+        fast=False,
+        attn=None,
+    )
+    _core.conformance(engine, 1e-3)
+
+
+def test_the_kit_finds_a_broken_engine(
+    ensemble: DeepLatentMoM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ensemble._engine, "truncate", lambda *_: None)
+    with pytest.raises(dlmom_rs.ProtocolError, match="TruncateForgets"):
+        _core.conformance(ensemble._engine, 2e-4)
+
+
+def test_an_exception_comes_out_as_itself_with_a_note(
+    ensemble: DeepLatentMoM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class DeviceLost(RuntimeError):
+        pass
+
+    lost = DeviceLost("the device fell off the bus")
+    patched(monkeypatch, ensemble, lambda n: lost if n >= 3 else None)
+    with pytest.raises(DeviceLost) as caught:
+        ensemble.generate("What is 2 plus 3?", config=LATENT)
+    assert caught.value is lost
+    assert any("backend call" in note for note in lost.__notes__)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_interruption_inside_the_backend_is_cancellation(
+    ensemble: DeepLatentMoM, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    stop = kind("stop")
+    patched(monkeypatch, ensemble, lambda n: stop if n == 4 else None)
+    with pytest.raises(kind) as caught:
+        ensemble.generate(["What is 2 plus 3?", "What is 4 plus 4?"], config=LATENT)
+    assert caught.value is stop
+
+
+def test_a_call_that_fails_once_changes_no_answer(
+    ensemble: DeepLatentMoM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = ["Tom has 3 apples. He buys 4 more. How many does he have?", "What is 5 plus 6?"]
+    calm = ensemble.generate(questions, config=LATENT)
+    patched(monkeypatch, ensemble, lambda n: RuntimeError("flaky") if n == 5 else None)
+    shaken = ensemble.generate(questions, config=LATENT)
+    assert isinstance(calm, list)
+    assert isinstance(shaken, list)
+    assert [(r.text, r.latent_steps, r.entropy) for r in calm] == [
+        (r.text, r.latent_steps, r.entropy) for r in shaken
+    ]
+
+
+def test_wrong_logits_are_refused(
+    ensemble: DeepLatentMoM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = ensemble._engine.advance
+    for spoil in (lambda t: t.double(), lambda t: t[:, :-1], lambda t: t.t().contiguous().t()):
+        monkeypatch.setattr(
+            ensemble._engine,
+            "advance",
+            lambda calls, spoil=spoil: [(spoil(a), b) for a, b in original(calls)],
+        )
+        with pytest.raises(TypeError, match="contiguous float32 CPU tensor"):
+            ensemble.generate(["What is 2 plus 3 plus 4?"] * 2, config=LATENT)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"k": 0}, "k: 0"),
+        ({"k": 4000}, "k: 4000"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"controller": {"alpha": -1.0}}, "alpha"),
+        ({"controller": {"cap": -2}}, "cap"),
+        ({"controller": {"gate": "trend"}}, "w"),
+        ({"controller": {"gait": "trend"}}, "gait"),
+        ({"noise": {"kind": "gumbel", "tau": 0.0}}, "tau"),
+        ({"sampling": {"top_p": 0.0}}, "top_p"),
+        ({"answer_reserve": 999}, "answer_reserve"),
+    ],
+)
+def test_a_bad_knob_is_named(ensemble: DeepLatentMoM, config: dict[str, Any], words: str) -> None:
+    with pytest.raises(dlmom_rs.ConfigError, match=words):
+        ensemble.generate("hello", config=config)
+
+
+def test_prompts_come_in_three_forms(ensemble: DeepLatentMoM) -> None:
+    question = "What is 5 plus 6?"
+    one = ensemble.generate(question, config=LATENT)
+    chat = ensemble.generate([{"role": "user", "content": question}], config=LATENT)
+    ids = ensemble._engine.encode(
+        0, {"kind": "chat", "messages": [{"role": "user", "content": question}]}
+    )
+    tokens = ensemble.generate(ids, config=LATENT)
+    assert isinstance(one, dlmom_rs.Result)
+    assert isinstance(chat, dlmom_rs.Result)
+    assert isinstance(tokens, dlmom_rs.Result)
+    assert one.text == chat.text == tokens.text
+    assert one.total_steps == one.explicit_tokens + one.latent_steps
+
+
+def test_an_empty_prompt_is_a_result_with_an_error(ensemble: DeepLatentMoM) -> None:
+    result = ensemble.generate([[1], []], config=LATENT)
+    assert isinstance(result, list)
+    assert result[1].stop == "prompt"
+    assert result[1].error
+
+
+def test_different_vocabularies_are_refused_by_name(shared: Path) -> None:
+    model = DeepLatentMoM.from_pretrained(
+        [shared / "models" / "stories260k", shared / "models" / "tinystories-656k-bf16"],
+        device="cpu",
+        dtype="fp32",
+        max_len=64,
+        threads=1,
+    )
+    with pytest.raises(dlmom_rs.ConfigError, match=r"stories260k.*tinystories-656k"):
+        model.generate([1, 2, 3], config=LATENT)
+
+
+GREEDY: list[tuple[str, list[int], list[int]]] = [
+    (
+        "stories260k",
+        [1, 403, 407, 261, 378],
+        [432, 383, 286, 261, 376, 298, 315, 421, 395, 317, 426, 338, 401, 396, 267, 337],
+    ),
+    (
+        "tinystories-656k-bf16",
+        [1, 80, 147, 201, 282, 57],
+        [313, 598, 303, 1049, 1468, 267, 628, 333, 94, 1210, 263, 251, 604, 94, 1030, 94],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "prompt", "expected"), GREEDY)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_real_models_say_what_they_are_known_to_say(
+    shared: Path, name: str, prompt: list[int], expected: list[int], rows: int
+) -> None:
+    model = DeepLatentMoM.from_pretrained(
+        shared / "models" / name,
+        device="cpu",
+        dtype="fp32",
+        batch_size=rows,
+        max_len=128,
+        threads=1,
+    )
+    explicit = {"controller": {"gate": "always_explicit"}, "max_steps": 48, "answer_reserve": 0}
+    # Mates of other lengths, so that the batch is ragged.
+    mates = [[1], prompt + prompt, prompt[:3], [1, *prompt[2:]]] if rows > 1 else []
+    results = model.generate([prompt, *mates], config=explicit)
+    assert isinstance(results, list)
+    assert results[0].tokens[: len(expected)] == expected
