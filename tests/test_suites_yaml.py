@@ -1,6 +1,7 @@
 """Every file under configs/ means the same to PyYAML and to the Rust parser.
 
-The Rust side records what it reads in a golden file, which its own test keeps up to date, so that this test needs no built extension.
+The Rust side records what it reads and writes in golden files, which its own test keeps up to date,
+so that this test needs no built extension.
 """
 
 import json
@@ -12,7 +13,8 @@ yaml = pytest.importorskip("yaml")
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-GOLDEN = json.loads((ROOT / "crates/dlmom-runs/tests/golden/configs.json").read_text(encoding="utf-8"))
+GOLDEN_DIR = ROOT / "crates/dlmom-runs/tests/golden"
+GOLDEN = json.loads((GOLDEN_DIR / "configs.json").read_text(encoding="utf-8"))
 FILES = sorted(p for suffix in ("yaml", "yml") for p in CONFIGS.rglob(f"*.{suffix}"))
 
 
@@ -35,10 +37,26 @@ def test_pyyaml_reads_what_rust_reads(path: Path) -> None:
     assert typed(loaded) == typed(GOLDEN[path.relative_to(CONFIGS).as_posix()])
 
 
+def test_pyyaml_reads_what_rust_wrote() -> None:
+    emitted = json.loads((GOLDEN_DIR / "emitted.json").read_text(encoding="utf-8"))
+    assert len(emitted) == 24
+    for case in emitted:
+        assert typed(yaml.safe_load(case["yaml"])) == typed(case["value"])
+
+
 def test_the_papers_suites_hold_no_other_keys() -> None:
     suites = yaml.safe_load((CONFIGS / "suites.yaml").read_text(encoding="utf-8"))
-    assert suites["defaults"] == {"alpha": 0.60, "w": None, "cap": 10, "k": 50, "tau": None, "lambda": None}
-    keys = {name: {key for cell in cells for key in cell} for name, cells in suites["suites"].items()}
+    assert suites["defaults"] == {
+        "alpha": 0.60,
+        "w": None,
+        "cap": 10,
+        "k": 50,
+        "tau": None,
+        "lambda": None,
+    }
+    keys = {
+        name: {key for cell in cells for key in cell} for name, cells in suites["suites"].items()
+    }
     assert keys == {
         "A1": {"id", "soft_mode", "tau", "lambda"},
         "A2": {"id", "gate", "w", "cap"},

@@ -54,17 +54,18 @@ def test_draws_are_the_documented_stream() -> None:
         d.below(0)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**63), low=st.integers(-50, 50), width=st.integers(0, 50))
 def test_draws_stay_in_range(seed: int, low: int, width: int) -> None:
     assert low <= Draws(seed).between(low, low + width) <= low + width
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), split=st.sampled_from(["train", "test"]))
 def test_every_equation_is_true_and_the_last_is_the_answer(
     seed: int, split: problems.Split
 ) -> None:
-    for item in problems.take("math", split, 12, seed):
+    for item in problems.take("math", split, 10, seed):
         *lines, final = item.answer.split("\n")
         results = []
         for line in lines:
@@ -79,7 +80,7 @@ def test_every_equation_is_true_and_the_last_is_the_answer(
         assert "{" not in item.question + item.answer
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_step_uses_numbers_that_are_known_by_then(seed: int) -> None:
     for item in problems.take("math", "train", 12, seed):
@@ -112,7 +113,7 @@ def test_train_and_test_never_share_a_key_or_a_question(seeds: tuple[int, int], 
 
 def test_tinygsm_is_disjoint_from_a_large_sample_of_training_problems() -> None:
     test = problems.tinygsm_items()
-    train = problems.take("math", "train", 20_000, seed=11)
+    train = problems.take("math", "train", 8_000, seed=11)
     assert not {i.key for i in train} & {i.key for i in test}
     assert not {i.question for i in train} & {i.question for i in test}
 
@@ -122,11 +123,14 @@ def test_the_key_of_a_word_problem_is_its_chain_of_equations() -> None:
         assert item.key == "; ".join(match[0] for match in EQUATION.finditer(item.answer))
 
 
-def test_asking_for_more_questions_than_there_are_is_refused() -> None:
-    one = problems.take("code", "test", 1, seed=0)
-    assert len(one) == 1
-    with pytest.raises(ValueError, match="different test questions of kind 'code'"):
-        problems.take("code", "test", 1_000_000, seed=0)
+def test_asking_for_more_questions_than_there_are_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    only = problems.take("code", "test", 1, seed=0)
+    monkeypatch.setitem(problems._MAKERS, "code", lambda _: only[0])
+    assert problems.take("code", "test", 1, seed=0) == only
+    with pytest.raises(ValueError, match="only 1 different test questions of kind 'code', not 2"):
+        problems.take("code", "test", 2, seed=0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -181,7 +185,7 @@ def tokenizer():  # type: ignore[no-untyped-def]
     return transformers.AutoTokenizer.from_pretrained(MODELS[0])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:  # type: ignore[no-untyped-def]
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -189,6 +193,7 @@ def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:  # type:
     assert all(0 <= i < 491 for i in ids)
 
 
+@settings(deadline=None)
 @given(number=st.integers(0, 10**12), before=st.sampled_from(["", " ", "$", "x", "\n#### "]))
 def test_every_digit_is_a_token(tokenizer, number: int, before: str) -> None:  # type: ignore[no-untyped-def]
     tokens = tokenizer.tokenize(f"{before}{number}")

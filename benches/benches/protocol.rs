@@ -14,7 +14,8 @@ use dlmom_core::{
 };
 use dlmom_packet::{Encoding, Meta, decode_exact, encode_into, encoded_len};
 use dlmom_runtime::{
-    EnsembleInfo, Job, JobKey, LoopConfig, MemoryStats, Outcome, PromptSource, RunOptions, Sink, run,
+    EnsembleInfo, Job, JobKey, LoopConfig, MemoryStats, Outcome, PromptSource, RunOptions, Sink,
+    run,
 };
 
 const VOCAB: u32 = 151_665;
@@ -23,7 +24,10 @@ fn codec(c: &mut Criterion) {
     let mut group = c.benchmark_group("packet");
     for k in [10, 50, 1000] {
         let packet = packet(k, VOCAB);
-        let meta = Meta { fingerprint: 1, step: 3 };
+        let meta = Meta {
+            fingerprint: 1,
+            step: 3,
+        };
         for encoding in [Encoding::F32, Encoding::Bf16] {
             let mut bytes = Vec::new();
             group.throughput(Throughput::Bytes(encoded_len(k, encoding) as u64));
@@ -61,7 +65,10 @@ fn consensus(c: &mut Criterion) {
         for experts in [1, 2, 3] {
             let rows = logits(experts, vocab, 5);
             let views: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
-            for (name, spec) in [("ties", ConsensusSpec::paper()), ("mean", ConsensusSpec::Mean)] {
+            for (name, spec) in [
+                ("ties", ConsensusSpec::paper()),
+                ("mean", ConsensusSpec::Mean),
+            ] {
                 let mut scratch = Scratch::default();
                 let mut out = RowReadout::default();
                 let request = Request {
@@ -126,7 +133,11 @@ fn controller(c: &mut Criterion) {
 fn perturbation(c: &mut Criterion) {
     let mut group = c.benchmark_group("noise");
     let packet = packet(50, VOCAB);
-    let stream = Stream { seed: 1, sample: 2, step: 3 };
+    let stream = Stream {
+        seed: 1,
+        sample: 2,
+        step: 3,
+    };
     for (name, spec) in [
         ("gumbel", NoiseSpec::Gumbel { tau: 1.0 }),
         ("dirichlet", NoiseSpec::Dirichlet { lambda: 50.0 }),
@@ -169,7 +180,11 @@ fn round(c: &mut Criterion) {
         for slots in [1, 8, 64] {
             let jobs = |n: u32| {
                 (0..n).map(move |i| Job {
-                    key: JobKey { item_id: i.to_string(), seed: 0, sample: 0 },
+                    key: JobKey {
+                        item_id: i.to_string(),
+                        seed: 0,
+                        sample: 0,
+                    },
                     prompts: vec![PromptSource::Tokens { ids: vec![1, 2, 3] }; agents],
                     trace: false,
                 })
@@ -189,5 +204,13 @@ fn round(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, codec, selection, consensus, controller, perturbation, round);
+criterion_group!(
+    benches,
+    codec,
+    selection,
+    consensus,
+    controller,
+    perturbation,
+    round
+);
 criterion_main!(benches);

@@ -16,7 +16,10 @@ impl Lcg {
 
     /// The next value in `[0, 1)`.
     pub fn unit(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         (self.0 >> 40) as f32 / (1_u64 << 24) as f32
     }
 }
@@ -27,9 +30,12 @@ pub fn logits(experts: usize, vocab: usize, seed: u64) -> Vec<Vec<f32>> {
     let mut rng = Lcg::new(seed);
     // A sum of uniforms is close enough to a bell; every 997th token is a candidate peak.
     let mut bell = || (0..4).map(|_| rng.unit() - 0.5).sum::<f32>() * 3.5;
-    let shared: Vec<f32> =
-        (0..vocab).map(|v| bell() + if v % 997 == 13 { 9.0 } else { 0.0 }).collect();
-    (0..experts).map(|_| shared.iter().map(|&z| z + 0.5 * bell()).collect()).collect()
+    let shared: Vec<f32> = (0..vocab)
+        .map(|v| bell() + if v % 997 == 13 { 9.0 } else { 0.0 })
+        .collect();
+    (0..experts)
+        .map(|_| shared.iter().map(|&z| z + 0.5 * bell()).collect())
+        .collect()
 }
 
 /// A packet with `k` entries of falling probability over a vocabulary of `vocab`.

@@ -39,8 +39,19 @@ _REF = "REF"
 _BLACK = "#000000"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#999999")
 # The paper's suites look the same in every run.
-_SUITES = {"A1": ("o", "-"), "A2": ("s", "--"), "A3": ("^", "-."), "A4": ("D", ":")}
-_OTHER_SUITES = (("v", "-"), ("P", "--"), ("X", "-."), ("p", ":"), ("<", "-"), (">", "--"))
+_SOLID, _DASHED, _DASH_DOT, _DOTTED = (), (3.0, 1.5), (4.0, 1.2, 1.2, 1.2), (1.2, 1.2)
+_SUITES: dict[str, tuple[str, tuple[float, ...]]] = {
+    "A1": ("o", _SOLID),
+    "A2": ("s", _DASHED),
+    "A3": ("^", _DASH_DOT),
+    "A4": ("D", _DOTTED),
+}
+_OTHER_SUITES: tuple[tuple[str, tuple[float, ...]], ...] = (
+    ("v", _SOLID),
+    ("P", _DASHED),
+    ("X", _DASH_DOT),
+    ("p", _DOTTED),
+)
 
 _WIDTH_IN = 3.5
 _AXES_HEIGHT_IN = 2.4
@@ -49,7 +60,8 @@ _PANEL_HEIGHT_IN = 1.5
 _EM_IN = 8 / 72
 _CHARACTER_IN = 0.066
 _LINE_IN = 0.17
-_LABEL_WIDTH = 44
+_LABEL_WIDTH = 46
+_LINE_WIDTH = 52
 _WIDEST_LEGEND = 5
 # More curves get a panel for each suite.
 _PANEL_CURVES = 8
@@ -78,7 +90,9 @@ _STYLE: dict[str, Any] = {
 class _Look:
     colour: str
     marker: str
-    line: str
+    dashes: tuple[float, ...]
+    # Where its first dash begins, so that dashed curves that coincide all show.
+    phase: float
     filled: bool
 
     def marks(self, scale: float) -> dict[str, Any]:
@@ -86,7 +100,7 @@ class _Look:
         return {
             "color": self.colour,
             "marker": self.marker,
-            "markersize": scale * (10.0 if self.marker == "*" else 5.5),
+            "markersize": scale * {"*": 10.0, "^": 7.0}.get(self.marker, 5.5),
             "markerfacecolor": self.colour if self.filled else "white",
             "markeredgewidth": 0.5 if self.filled else 1.0,
             "markeredgecolor": "white" if self.filled else self.colour,
@@ -194,19 +208,21 @@ def _read(path: str | os.PathLike[str]) -> _Run:
 
 
 def _looks(cells: Sequence[tuple[str, str]]) -> list[_Look]:
-    """Colours tell the cells of a suite apart, markers and line styles the suites."""
+    """Colours tell cells apart, within a suite if they are many; markers and dashes the suites."""
     suites = dict(_SUITES)
+    few = sum(experiment != _REF for experiment, _ in cells) <= len(_COLOURS)
     seen: Counter[str] = Counter()
     looks = []
     for experiment, suite in cells:
         if experiment == _REF:
-            looks.append(_Look(_BLACK, "*", "-", True))
+            looks.append(_Look(_BLACK, "*", _SOLID, 0.0, True))
             continue
         if suite not in suites:
             suites[suite] = _OTHER_SUITES[(len(suites) - len(_SUITES)) % len(_OTHER_SUITES)]
-        lap, index = divmod(seen[suite], len(_COLOURS))
-        seen[suite] += 1
-        looks.append(_Look(_COLOURS[index], *suites[suite], lap % 2 == 0))
+        among = "" if few else suite
+        lap, index = divmod(seen[among], len(_COLOURS))
+        seen[among] += 1
+        looks.append(_Look(_COLOURS[index], *suites[suite], 1.7 * index, lap % 2 == 0))
     return looks
 
 
@@ -259,7 +275,7 @@ def _canvas(panels: int, title: str) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(_WIDTH_IN, height), layout="constrained")
     axes = figure.subplots(panels, squeeze=False, sharex=True, sharey=True)[:, 0].tolist()
     # A benchmark's name is no formula.
-    figure.suptitle(title, fontsize=8.0, parse_math=False)
+    figure.suptitle(textwrap.fill(title, _LINE_WIDTH), fontsize=8.0, parse_math=False)
     return figure, axes
 
 
@@ -478,7 +494,7 @@ class _Curve:
             [*self.shares, self.shares[-1]],
             **look.marks(0.6),
             drawstyle="steps-post",
-            linestyle=look.line,
+            linestyle=(look.phase, look.dashes) if look.dashes else "-",
             markevery=slice(0, len(self.steps), math.ceil(len(self.steps) / 12)),
             # Half of the markers at 0 and 1 lies outside.
             clip_on=False,
@@ -492,21 +508,21 @@ def _switch_count_cdf(run: _Run) -> _Drawing:
     curves = [_Curve.of(group, counts[group[0].id]) for group in groups]
     end = max(curve.steps[-1] for curve in curves) + 1
     panels = _panels(curves)
-    crowded = any(len(members) > _SHADED_CURVES for members in panels.values())
     band = f"95 % band ±{_span([curve.half for curve in curves], '.2f')}"
     figure, grid = _canvas(len(panels), _title(run, band))
     handles: dict[str, Artist] = {}
     for axes, (suite, members) in zip(grid, panels.items(), strict=True):
+        crowded = len(members) > _SHADED_CURVES
         for index, curve in enumerate(members):
             handle = curve.draw(axes, end, shaded=index == 0 or not crowded)
             handles.setdefault(_joined(curve.cells), handle)
+        axes.set_ylabel("cumulative share")
         if len(panels) > 1:
             axes.set_title(suite, loc="left", pad=2, parse_math=False)
     grid[-1].set_xlim(0, end)
     grid[-1].set_ylim(0, 1.02)
     grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[-1].set_xlabel("mode switches per sample")
-    figure.supylabel("cumulative share of samples", fontsize=8.0)
     _legend(figure, {_joined(c.cells): handles[_joined(c.cells)] for c in curves}, 2.6)
     shared = ("bench", "n", "n_items")
     columns = ("label", "experiments", *shared, "switches", "cdf", "cdf_lo", "cdf_hi")

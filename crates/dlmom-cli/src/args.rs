@@ -7,7 +7,12 @@ use dlmom_core::AlphaUnit;
 
 /// Deep-Latent Mixture of Models: frozen language models that reason together in latent space.
 #[derive(Debug, Parser)]
-#[command(name = "dlmom-rs", version, arg_required_else_help = true, max_term_width = 100)]
+#[command(
+    name = "dlmom-rs",
+    version,
+    arg_required_else_help = true,
+    max_term_width = 100
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

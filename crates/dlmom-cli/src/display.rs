@@ -82,7 +82,12 @@ impl<W: Write> Plain<W> {
     /// Writes to `out`, at most once in `every` between a cell's beginning and its end.
     pub fn new(out: W, every: Duration) -> Self {
         let now = Instant::now();
-        Self { out, every, last: now, started: now }
+        Self {
+            out,
+            every,
+            last: now,
+            started: now,
+        }
     }
 
     fn print(&mut self, text: &str) {
@@ -92,30 +97,38 @@ impl<W: Write> Plain<W> {
 }
 
 fn describe(p: &CellProgress) -> String {
-    let accuracy = if p.session == 0 { 0.0 } else { 100.0 * p.correct as f64 / p.session as f64 };
-    let mut line = format!(
-        "{}: {}/{} samples, accuracy {accuracy:.1} %, coverage {:.1} %, {:.1} samples/s",
+    let accuracy = if p.session == 0 {
+        0.0
+    } else {
+        100.0 * p.correct as f64 / p.session as f64
+    };
+    let eta = p
+        .eta_s
+        .map_or_else(String::new, |eta| format!(", {eta:.0} s left"));
+    let failures = if p.failures > 0 {
+        format!(", {} failures", p.failures)
+    } else {
+        String::new()
+    };
+    format!(
+        "{}: {}/{} samples, accuracy {accuracy:.1} %, coverage {:.1} %, {:.1} samples/s{eta}{failures}",
         p.id,
         p.done,
         p.total,
         100.0 * p.coverage,
         p.rate
-    );
-    if let Some(eta) = p.eta_s {
-        line.push_str(&format!(", {eta:.0} s left"));
-    }
-    if p.failures > 0 {
-        line.push_str(&format!(", {} failures", p.failures));
-    }
-    line
+    )
 }
 
 impl<W: Write> Display for Plain<W> {
     fn start(&mut self, cell: &CellStart) {
         self.started = Instant::now();
         self.last = self.started;
-        let before =
-            if cell.done > 0 { format!(", {} done before", cell.done) } else { String::new() };
+        let before = if cell.done > 0 {
+            format!(", {} done before", cell.done)
+        } else {
+            String::new()
+        };
         self.print(&format!(
             "[{}/{}] {}: {} samples{before}",
             cell.index, cell.cells, cell.id, cell.total
@@ -130,7 +143,10 @@ impl<W: Write> Display for Plain<W> {
     }
 
     fn finish(&mut self, progress: &CellProgress) {
-        let settled = CellProgress { eta_s: None, ..progress.clone() };
+        let settled = CellProgress {
+            eta_s: None,
+            ..progress.clone()
+        };
         self.print(&format!(
             "  {} ({:.1} s)",
             describe(&settled),
@@ -149,7 +165,11 @@ pub struct Log<W: Write>(pub W);
 impl<W: Write> Log<W> {
     fn print<T: Serialize>(&mut self, event: &str, value: &T) {
         if let Ok(value) = serde_json::to_value(value) {
-            let _ = writeln!(self.0, "{}", serde_json::json!({ "event": event, "data": value }));
+            let _ = writeln!(
+                self.0,
+                "{}",
+                serde_json::json!({ "event": event, "data": value })
+            );
             let _ = self.0.flush();
         }
     }

@@ -65,8 +65,11 @@ fn usage(error: &clap::Error, out: &mut dyn Write, err: &mut dyn Write) -> ExitS
         _ => {
             // Clap explains over several lines; the first paragraph says what is wrong.
             let text = error.to_string();
-            let first: Vec<&str> =
-                text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+            let first: Vec<&str> = text
+                .lines()
+                .take_while(|line| !line.trim().is_empty())
+                .map(str::trim)
+                .collect();
             let _ = writeln!(err, "{}", first.join(" "));
             ExitStatus::Usage
         }

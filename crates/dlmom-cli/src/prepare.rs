@@ -9,12 +9,10 @@ use dlmom_core::ConsensusSpec;
 use dlmom_eval::{Bench, BenchSpec, EXTRACTOR_VERSION, Item, ItemSet, load_gsm8k};
 use dlmom_runs::rundir::MANIFEST_FORMAT;
 use dlmom_runs::{
-    Experiment, Invocation, Manifest, ManifestCell, Overrides, Plan, Registry,
-    RunDir, RunDirError, Setting, read_manifest,
+    Experiment, Invocation, Manifest, ManifestCell, Overrides, Plan, Registry, RunDir, RunDirError,
+    Setting, read_manifest,
 };
-use dlmom_runtime::{
-    AgentId, Backend, LoopConfig, PromptSource, check_vocabularies,
-};
+use dlmom_runtime::{AgentId, Backend, LoopConfig, PromptSource, check_vocabularies};
 use serde_json::{Value, json};
 
 use crate::args::{BatchSize, Device, Dtype, Order, RunArgs};
@@ -36,7 +34,9 @@ pub(crate) struct Prepared {
 }
 
 pub(crate) fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |d| d.as_secs_f64())
 }
 
 impl Device {
@@ -73,10 +73,16 @@ pub(crate) struct Selection {
 pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliError> {
     if args.max_handoffs.is_some() {
         return Err(CliError::Usage(
-            "--max-handoffs: handoffs between agents (sequential topology) are not built yet".into(),
+            "--max-handoffs: handoffs between agents (sequential topology) are not built yet"
+                .into(),
         ));
     }
-    if args.seeds.iter().enumerate().any(|(i, s)| args.seeds[..i].contains(s)) {
+    if args
+        .seeds
+        .iter()
+        .enumerate()
+        .any(|(i, s)| args.seeds[..i].contains(s))
+    {
         return Err(CliError::Usage("--seeds: a seed is named twice".into()));
     }
     for (flag, value) in [("--limit", args.limit), ("--pilot", args.pilot)] {
@@ -97,7 +103,10 @@ pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliEr
     };
     // Lockstep agents that name one and the same model share its weights.
     let shared_model = experts.iter().all(|e| *e == experts[0]);
-    let setting = Setting { shared_model, experts: experts.len() };
+    let setting = Setting {
+        shared_model,
+        experts: experts.len(),
+    };
     let overrides = Overrides {
         alpha: args.alpha,
         alpha_unit: args.alpha_unit,
@@ -120,13 +129,22 @@ pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliEr
         None => host
             .data_dir()
             .ok_or_else(|| {
-                CliError::Usage(format!("{}: shipped with the Python package only", args.bench))
+                CliError::Usage(format!(
+                    "{}: shipped with the Python package only",
+                    args.bench
+                ))
             })?
             .join(format!("{}.jsonl", args.bench)),
     };
     let ItemSet { items, data_sha256 } = load_gsm8k(&path)?;
     let items = choose(items, args);
-    Ok(Selection { plan, bench: spec.bench(), items, data_sha256, experts })
+    Ok(Selection {
+        plan,
+        bench: spec.bench(),
+        items,
+        data_sha256,
+        experts,
+    })
 }
 
 fn choose(items: Vec<Item>, args: &RunArgs) -> Vec<Item> {
@@ -173,10 +191,19 @@ pub(crate) fn prepare(
     host: &mut dyn Host,
     err: &mut dyn Write,
 ) -> Result<Prepared, CliError> {
-    let Selection { plan, bench, items, data_sha256, experts } = selection;
+    let Selection {
+        plan,
+        bench,
+        items,
+        data_sha256,
+        experts,
+    } = selection;
     let recorded = read_manifest(&args.out)?;
     if recorded.is_some() && !args.resume {
-        return Err(RunDirError::Exists { path: args.out.clone() }.into());
+        return Err(RunDirError::Exists {
+            path: args.out.clone(),
+        }
+        .into());
     }
     let (models, agents) = models_and_agents(&experts);
     let spec = EngineSpec {
@@ -216,11 +243,19 @@ pub(crate) fn prepare(
     backend.reserve(rows, max_len)?;
     let info = backend.info().clone();
     if !info.bit_invariant {
-        writeln!(err, "note: rows are not bit-invariant: {}", info.bit_invariance_reason)?;
+        writeln!(
+            err,
+            "note: rows are not bit-invariant: {}",
+            info.bit_invariance_reason
+        )?;
     }
     for model in &info.models {
         if let Some(reason) = &model.path_reason {
-            writeln!(err, "note: {} is served one row at a time: {reason}", model.name)?;
+            writeln!(
+                err,
+                "note: {} is served one row at a time: {reason}",
+                model.name
+            )?;
         }
     }
     let environment = host.environment();
@@ -272,7 +307,14 @@ pub(crate) fn prepare(
         notes: notes(&info, probed.as_ref(), max_len),
     };
     let dir = RunDir::open(&args.out, &plan, manifest, args.resume)?;
-    Ok(Prepared { plan, bench, items, backend, dir, rows })
+    Ok(Prepared {
+        plan,
+        bench,
+        items,
+        backend,
+        dir,
+        rows,
+    })
 }
 
 fn notes(info: &dlmom_runtime::EnsembleInfo, probed: Option<&Probe>, max_len: u32) -> Value {
@@ -288,13 +330,16 @@ fn notes(info: &dlmom_runtime::EnsembleInfo, probed: Option<&Probe>, max_len: u3
     })
 }
 
-/// Positions that the longest sample may need, and the first prompts, `[item][agent][token]`.
+/// Prompt tokens of one item, by agent.
+type Prompts = Vec<Vec<u32>>;
+
+/// Positions that the longest sample may need, and the first items' prompts.
 fn longest(
     backend: &mut dyn Backend,
     bench: &Bench,
     items: &[Item],
     plan: &Plan,
-) -> Result<(u32, Vec<Vec<Vec<u32>>>), CliError> {
+) -> Result<(u32, Vec<Prompts>), CliError> {
     let info = backend.info().clone();
     let mut longest = 0;
     let mut first = Vec::new();
@@ -318,7 +363,11 @@ fn longest(
     }
     let mut steps = 0;
     for experiment in plan.runs() {
-        let LoopConfig { max_steps, answer_cue, .. } = experiment.loop_config()?;
+        let LoopConfig {
+            max_steps,
+            answer_cue,
+            ..
+        } = experiment.loop_config()?;
         let mut cue = 0;
         if let Some(text) = answer_cue {
             for &model in &info.agents {
@@ -328,7 +377,12 @@ fn longest(
         }
         steps = steps.max(max_steps + cue);
     }
-    let context = info.models.iter().filter_map(|m| m.context).min().unwrap_or(u32::MAX);
+    let context = info
+        .models
+        .iter()
+        .filter_map(|m| m.context)
+        .min()
+        .unwrap_or(u32::MAX);
     if longest >= context {
         return Err(CliError::Usage(format!(
             "the longest prompt has {longest} tokens, the smallest context {context}"
@@ -339,6 +393,9 @@ fn longest(
 
 /// Seeds a cell runs with: one where nothing is drawn.
 pub(crate) fn seeds_of<'s>(experiment: &Experiment, seeds: &'s [u64]) -> &'s [u64] {
-    if experiment.is_deterministic() { &seeds[..1] } else { seeds }
+    if experiment.is_deterministic() {
+        &seeds[..1]
+    } else {
+        seeds
+    }
 }
-

@@ -56,7 +56,10 @@ pub(crate) fn probe(
             choice = (rows, rate);
         }
     }
-    Ok(Probe { rows: choice.0, rates })
+    Ok(Probe {
+        rows: choice.0,
+        rates,
+    })
 }
 
 fn rate(
@@ -74,29 +77,60 @@ fn rate(
     let mut out = Readout::default();
     for &slot in &slots {
         let prompt = &prompts[slot.index() % prompts.len()];
-        let lanes: Vec<LaneSpec> =
-            agents.iter().map(|&agent| LaneSpec { lane: LaneId { slot, agent }, max_len }).collect();
+        let lanes: Vec<LaneSpec> = agents
+            .iter()
+            .map(|&agent| LaneSpec {
+                lane: LaneId { slot, agent },
+                max_len,
+            })
+            .collect();
         backend.open(&lanes)?;
-        let feeds: Vec<(AgentId, Feed<'_>)> =
-            agents.iter().zip(prompt).map(|(&agent, ids)| (agent, Feed::Tokens(ids))).collect();
-        let want = Want { top: 1, ..Want::default() };
+        let feeds: Vec<(AgentId, Feed<'_>)> = agents
+            .iter()
+            .zip(prompt)
+            .map(|(&agent, ids)| (agent, Feed::Tokens(ids)))
+            .collect();
+        let want = Want {
+            top: 1,
+            ..Want::default()
+        };
         backend.advance(
-            &[Row { slot, feeds: &feeds, merge: &agents, want }],
+            &[Row {
+                slot,
+                feeds: &feeds,
+                merge: &agents,
+                want,
+            }],
             consensus,
             &mut out,
         )?;
     }
     let vocab = info.model_of(agents[0]).map_or(1, |m| m.vocab);
     let k = k.min(vocab);
-    let packet = BeliefPacket::new((0..k).collect(), vec![1.0 / k as f32; k as usize], 1.0, vocab)
-        .map_err(|e| BackendError::Invalid(e.to_string()))?;
+    let packet = BeliefPacket::new(
+        (0..k).collect(),
+        vec![1.0 / k as f32; k as usize],
+        1.0,
+        vocab,
+    )
+    .map_err(|e| BackendError::Invalid(e.to_string()))?;
     let feeds: Vec<(AgentId, Feed<'_>)> = agents
         .iter()
         .map(|&agent| (agent, Feed::Packets(std::slice::from_ref(&packet))))
         .collect();
-    let want = Want { top: k, ..Want::default() };
-    let batch: Vec<Row<'_>> =
-        slots.iter().map(|&slot| Row { slot, feeds: &feeds, merge: &agents, want }).collect();
+    let want = Want {
+        top: k,
+        ..Want::default()
+    };
+    let batch: Vec<Row<'_>> = slots
+        .iter()
+        .map(|&slot| Row {
+            slot,
+            feeds: &feeds,
+            merge: &agents,
+            want,
+        })
+        .collect();
     backend.advance(&batch, consensus, &mut out)?;
     let started = Instant::now();
     for _ in 0..STEPS {

@@ -98,7 +98,9 @@ fn note(cell: &CellKind, summary: Option<&Summary>) -> String {
         CellKind::Alias { of } => format!("same as {of}"),
         CellKind::Skip { reason } => format!("skipped: {reason}"),
         CellKind::Run => {
-            let Some(summary) = summary else { return "no rows".into() };
+            let Some(summary) = summary else {
+                return "no rows".into();
+            };
             let mut notes = Vec::new();
             if summary.inert {
                 notes.push("inert: no sample differs from REF".to_owned());
@@ -119,8 +121,23 @@ pub(crate) fn finished(
     dir: &RunDir,
 ) -> Result<(), CliError> {
     let mut rows = table(&[
-        "cell", "n", "seeds", "acc %", "95 % CI", "+-seed", "flex %", "d REF", "p", "latent %",
-        "switch p50/p90", "steps", "mass", "KL", "up B/step", "down B/step", "note",
+        "cell",
+        "n",
+        "seeds",
+        "acc %",
+        "95 % CI",
+        "+-seed",
+        "flex %",
+        "d REF",
+        "p",
+        "latent %",
+        "switch p50/p90",
+        "steps",
+        "mass",
+        "KL",
+        "up B/step",
+        "down B/step",
+        "note",
     ]);
     for column in 1..16 {
         if let Some(column) = rows.column_mut(column) {
@@ -142,7 +159,11 @@ pub(crate) fn finished(
             s.n.to_string(),
             s.seeds.label(),
             percent(s.accuracy.value),
-            format!("{} - {}", percent(s.accuracy.ci.lo), percent(s.accuracy.ci.hi)),
+            format!(
+                "{} - {}",
+                percent(s.accuracy.ci.lo),
+                percent(s.accuracy.ci.hi)
+            ),
             s.accuracy.seed_std.map_or_else(|| "-".into(), percent),
             percent(s.accuracy_flexible.value),
             paired.map_or_else(|| "-".into(), |p| format!("{:+.1}", 100.0 * p.strict.delta)),
@@ -164,8 +185,14 @@ pub(crate) fn finished(
     )?;
     diagnosis(out, plan, summaries)?;
     let root = dir.root().display();
-    writeln!(out, "rows: {root}/raw  summaries: {root}/summary  traces: {root}/traces")?;
-    writeln!(out, "next: dlmom-rs aggregate {root} && dlmom-rs plot {root}")?;
+    writeln!(
+        out,
+        "rows: {root}/raw  summaries: {root}/summary  traces: {root}/traces"
+    )?;
+    writeln!(
+        out,
+        "next: dlmom-rs aggregate {root} && dlmom-rs plot {root}"
+    )?;
     Ok(())
 }
 
@@ -175,8 +202,12 @@ fn diagnosis(
     plan: &Plan,
     summaries: &HashMap<String, Summary>,
 ) -> Result<(), CliError> {
-    let Some(reference) = plan.cells.first().map(|c| &c.experiment) else { return Ok(()) };
-    let Some(summary) = summaries.get(&reference.id) else { return Ok(()) };
+    let Some(reference) = plan.cells.first().map(|c| &c.experiment) else {
+        return Ok(());
+    };
+    let Some(summary) = summaries.get(&reference.id) else {
+        return Ok(());
+    };
     let (Some(entropy), Some(coverage)) = (&summary.entropy, summary.latent_coverage) else {
         return Ok(());
     };

@@ -6,14 +6,13 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use dlmom_eval::Item;
-use dlmom_runs::{
-    CellKind, Experiment, JsonlWriter, Plan, RawRow, RawWriter, Repair, RowContext,
-    RunDir, Summary, TraceLine, summarize,
-};
 use dlmom_runs::fold::{CellRows, read_cell};
+use dlmom_runs::{
+    CellKind, Experiment, JsonlWriter, Plan, RawRow, RawWriter, Repair, RowContext, RunDir,
+    Summary, TraceLine, summarize,
+};
 use dlmom_runtime::{
-    EnsembleInfo, Job, JobKey, MemoryStats, Outcome, Progress, RunOptions, RunStats,
-    Sink, run,
+    EnsembleInfo, Job, JobKey, MemoryStats, Outcome, Progress, RunOptions, RunStats, Sink, run,
 };
 use serde_json::json;
 
@@ -48,7 +47,11 @@ pub(crate) fn command(
         if matches!(error, CliError::Interrupted) {
             writeln!(err, "interrupted; continue with: {}", resume_command(argv))?;
         } else {
-            writeln!(err, "stopped; what was finished is kept, continue with: {}", resume_command(argv))?;
+            writeln!(
+                err,
+                "stopped; what was finished is kept, continue with: {}",
+                resume_command(argv)
+            )?;
         }
         return Err(error);
     }
@@ -69,9 +72,8 @@ fn display(args: &RunArgs, host: &mut dyn Host) -> Box<dyn Display> {
     match args.display {
         Some(DisplayKind::None) => Box::new(Silent),
         Some(DisplayKind::Log) => Box::new(Log(std::io::stderr())),
-        Some(DisplayKind::Plain) => plain(),
         Some(DisplayKind::Rich) | None if host.terminal() => host.rich().unwrap_or_else(plain),
-        Some(DisplayKind::Rich) | None => plain(),
+        Some(DisplayKind::Plain | DisplayKind::Rich) | None => plain(),
     }
 }
 
@@ -126,7 +128,11 @@ fn cells(
 
 fn occupancy(stats: &RunStats, slots: u32) -> f64 {
     let offered = stats.steps * u64::from(slots.max(1));
-    if offered == 0 { 0.0 } else { stats.rows as f64 / offered as f64 }
+    if offered == 0 {
+        0.0
+    } else {
+        stats.rows as f64 / offered as f64
+    }
 }
 
 /// Runs what is left of one cell; `None` if nothing was.
@@ -157,10 +163,11 @@ fn cell(
     }
     let seeds = seeds_of(experiment, &args.seeds);
     let keys = seeds.iter().flat_map(|&seed| {
-        prepared
-            .items
-            .iter()
-            .map(move |item| JobKey { item_id: item.id.clone(), seed, sample: 0 })
+        prepared.items.iter().map(move |item| JobKey {
+            item_id: item.id.clone(),
+            seed,
+            sample: 0,
+        })
     });
     let (done, todo): (Vec<JobKey>, Vec<JobKey>) = keys.partition(|key| writer.is_done(key));
     let total = (done.len() + todo.len()) as u64;
@@ -172,8 +179,12 @@ fn cell(
         done: done.len() as u64,
     });
     let items: HashMap<&str, &Item> = prepared.items.iter().map(|i| (i.id.as_str(), i)).collect();
-    let traced: Vec<&str> =
-        prepared.items.iter().take(args.traces).map(|i| i.id.as_str()).collect();
+    let traced: Vec<&str> = prepared
+        .items
+        .iter()
+        .take(args.traces)
+        .map(|i| i.id.as_str())
+        .collect();
     let agents = prepared.backend.info().agents.len();
     let first_seed = seeds[0];
     let bench = prepared.bench.clone();
@@ -214,8 +225,17 @@ fn cell(
     let stats = if todo.is_empty() {
         None
     } else {
-        let options = RunOptions { rows: Some(prepared.rows), ..RunOptions::default() };
-        Some(run(&mut *prepared.backend, &config, &options, &mut jobs, &mut sink)?)
+        let options = RunOptions {
+            rows: Some(prepared.rows),
+            ..RunOptions::default()
+        };
+        Some(run(
+            &mut *prepared.backend,
+            &config,
+            &options,
+            &mut jobs,
+            &mut sink,
+        )?)
     };
     sink.writer.sync()?;
     let progress = sink.progress.clone();
@@ -277,8 +297,11 @@ impl Sink for Recorder<'_> {
         progress.session += 1;
         progress.correct += u64::from(row.correct);
         progress.failures += u64::from(row.failure.is_some());
-        progress.coverage =
-            if self.steps.1 == 0 { 0.0 } else { self.steps.0 as f64 / self.steps.1 as f64 };
+        progress.coverage = if self.steps.1 == 0 {
+            0.0
+        } else {
+            self.steps.0 as f64 / self.steps.1 as f64
+        };
         progress.rate = progress.session as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
         progress.eta_s = Some((progress.total - progress.done) as f64 / progress.rate);
         Ok(())
@@ -299,13 +322,25 @@ fn rows_of(dir: &RunDir, id: &str) -> Result<Option<CellRows>, CliError> {
     if !path.exists() {
         return Ok(None);
     }
-    read_cell(&path).map(Some).map_err(|e| CliError::Usage(e.to_string()))
+    read_cell(&path)
+        .map(Some)
+        .map_err(|e| CliError::Usage(e.to_string()))
 }
 
 fn summary_of(dir: &RunDir, id: &str) -> Result<Option<Summary>, CliError> {
-    let Some(rows) = rows_of(dir, id)? else { return Ok(None) };
-    let reference = if id == dlmom_runs::REF { None } else { rows_of(dir, dlmom_runs::REF)? };
-    Ok(summarize(&rows, reference.as_ref(), dir.manifest().ln_vocab))
+    let Some(rows) = rows_of(dir, id)? else {
+        return Ok(None);
+    };
+    let reference = if id == dlmom_runs::REF {
+        None
+    } else {
+        rows_of(dir, dlmom_runs::REF)?
+    };
+    Ok(summarize(
+        &rows,
+        reference.as_ref(),
+        dir.manifest().ln_vocab,
+    ))
 }
 
 /// The summaries of every cell that has rows, aliases under their own name, written and returned by id.
@@ -339,4 +374,3 @@ impl Selection {
             .sum()
     }
 }
-

@@ -91,7 +91,13 @@ macro_rules! usage {
     )*};
 }
 
-usage!(RegistryError, BenchSpecError, ItemsError, Unsupported, ConfigError);
+usage!(
+    RegistryError,
+    BenchSpecError,
+    ItemsError,
+    Unsupported,
+    ConfigError
+);
 
 impl From<RowError> for CliError {
     fn from(error: RowError) -> Self {
@@ -114,9 +120,9 @@ impl From<RunDirError> for CliError {
     fn from(error: RunDirError) -> Self {
         match error {
             RunDirError::Rows(inner) => inner.into(),
-            RunDirError::Io { .. } | RunDirError::Encode { .. } | RunDirError::EncodeYaml { .. } => {
-                Self::Failed(error.to_string())
-            }
+            RunDirError::Io { .. }
+            | RunDirError::Encode { .. }
+            | RunDirError::EncodeYaml { .. } => Self::Failed(error.to_string()),
             _ => Self::Usage(error.to_string()),
         }
     }

@@ -42,7 +42,10 @@ pub(crate) fn plot(
     out: &mut dyn Write,
 ) -> Result<ExitStatus, CliError> {
     if !args.run.is_dir() {
-        return Err(CliError::Usage(format!("{}: no such run folder", args.run.display())));
+        return Err(CliError::Usage(format!(
+            "{}: no such run folder",
+            args.run.display()
+        )));
     }
     let default = args.run.join("figs");
     let folder: &Path = args.out.as_deref().unwrap_or(&default);

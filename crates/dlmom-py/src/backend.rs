@@ -1,11 +1,14 @@
 //! [`Backend`] over the Python engine: packs feeds into byte buffers, borrows logits without copying.
 
 use dlmom_core::ConsensusSpec;
+use dlmom_packet::BeliefPacket;
 use dlmom_runtime::{
     AgentId, Assembler, Backend, BackendError, EnsembleInfo, Feed, LaneId, LaneSpec, MemoryStats,
     ModelId, ModelInfo, PromptSource, Readout, Row, SlotId, check_rows,
 };
-use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PySystemExit, PyTypeError, PyValueError};
+use pyo3::exceptions::{
+    PyKeyboardInterrupt, PyMemoryError, PySystemExit, PyTypeError, PyValueError,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyDict, PyList, PyTuple};
 
@@ -52,7 +55,12 @@ impl Borrowed {
         if rows * vocab > 0 && (data.is_null() || !data.is_aligned()) {
             return Err(PyTypeError::new_err("logits are not aligned to 4 bytes"));
         }
-        Ok(Self { _tensor: tensor.clone().unbind(), data, rows, vocab })
+        Ok(Self {
+            _tensor: tensor.clone().unbind(),
+            data,
+            rows,
+            vocab,
+        })
     }
 
     fn row(&self, index: usize) -> Option<&[f32]> {
@@ -61,9 +69,7 @@ impl Borrowed {
         }
         // SAFETY: `new` checked dtype, device, contiguity, alignment and that the tensor holds
         // `rows * vocab` values from `data` on; `index < rows`.
-        Some(unsafe {
-            std::slice::from_raw_parts(self.data.add(index * self.vocab), self.vocab)
-        })
+        Some(unsafe { std::slice::from_raw_parts(self.data.add(index * self.vocab), self.vocab) })
     }
 }
 
@@ -110,17 +116,23 @@ impl Packed {
 
 fn width(feed: &Feed<'_>) -> usize {
     match feed {
-        Feed::Packets(packets) => packets.iter().map(|p| p.k()).max().unwrap_or(1),
+        Feed::Packets(packets) => packets.iter().map(BeliefPacket::k).max().unwrap_or(1),
         _ => 1,
     }
 }
 
 fn pack(feed: &Feed<'_>, into: &mut Packed) -> Result<(), BackendError> {
     match feed {
-        Feed::Tokens(ids) => ids.iter().for_each(|&id| into.push(std::iter::once((id, 1.0)))),
+        Feed::Tokens(ids) => ids
+            .iter()
+            .for_each(|&id| into.push(std::iter::once((id, 1.0)))),
         Feed::Packets(packets) => {
             for packet in *packets {
-                let entries = packet.ids().iter().copied().zip(packet.probs().iter().copied());
+                let entries = packet
+                    .ids()
+                    .iter()
+                    .copied()
+                    .zip(packet.probs().iter().copied());
                 into.push(entries);
             }
         }
@@ -130,7 +142,9 @@ fn pack(feed: &Feed<'_>, into: &mut Packed) -> Result<(), BackendError> {
             ));
         }
         Feed::Hidden { .. } => {
-            return Err(BackendError::Unsupported("hidden payloads are not built yet".into()));
+            return Err(BackendError::Unsupported(
+                "hidden payloads are not built yet".into(),
+            ));
         }
     }
     Ok(())
@@ -141,7 +155,10 @@ pub fn backend_error(py: Python<'_>, error: PyErr, context: impl Into<String>) -
     if error.is_instance_of::<PyKeyboardInterrupt>(py) || error.is_instance_of::<PySystemExit>(py) {
         return BackendError::Cancelled(Some(Box::new(error)));
     }
-    BackendError::Failed { context: context.into(), source: Box::new(error) }
+    BackendError::Failed {
+        context: context.into(),
+        source: Box::new(error),
+    }
 }
 
 fn text<'py, T: FromPyObjectOwned<'py>>(dict: &Bound<'py, PyDict>, key: &str) -> PyResult<T> {
@@ -213,13 +230,8 @@ impl PyBackend {
         })
     }
 
-    /// Calls `advance` of the engine; returns each agent's span and step logits.
-    fn forward(
-        &self,
-        py: Python<'_>,
-        calls: &[Call],
-    ) -> PyResult<Vec<(usize, Option<Borrowed>, Option<Borrowed>)>> {
-        let mut agents = Vec::new();
+    /// Calls `advance` of the engine with every agent that moves.
+    fn forward<'py>(&self, py: Python<'py>, calls: &[Call]) -> PyResult<Bound<'py, PyAny>> {
         let list = PyList::empty(py);
         for (agent, call) in calls.iter().enumerate() {
             if call.spans.is_empty() && call.steps.is_empty() {
@@ -246,14 +258,31 @@ impl PyBackend {
                 ))
             };
             list.append((agent, spans, step))?;
-            agents.push(agent);
         }
-        let answer = self.engine.bind(py).call_method1("advance", (list,))?;
-        let mut out = Vec::with_capacity(agents.len());
-        for (agent, item) in agents.into_iter().zip(answer.try_iter()?) {
-            let item = item?;
+        self.engine.bind(py).call_method1("advance", (list,))
+    }
+
+    /// Borrows each agent's step and span logits from the engine's answer.
+    fn borrow_logits(
+        &self,
+        answer: &Bound<'_, PyAny>,
+        calls: &[Call],
+    ) -> PyResult<Vec<[Option<Borrowed>; 2]>> {
+        let mut out: Vec<[Option<Borrowed>; 2]> = calls.iter().map(|_| [None, None]).collect();
+        let moved = (0..calls.len())
+            .filter(|&agent| !calls[agent].spans.is_empty() || !calls[agent].steps.is_empty());
+        let mut answers = answer.try_iter()?;
+        for agent in moved {
+            let item = answers.next().ok_or_else(|| {
+                PyTypeError::new_err(
+                    "advance must answer with one pair for every agent it was given",
+                )
+            })??;
             let pair = item.cast::<PyTuple>()?;
-            let vocab = self.info.model_of(AgentId(agent as u32)).map_or(0, |m| m.vocab as usize);
+            let vocab = self
+                .info
+                .model_of(AgentId(agent as u32))
+                .map_or(0, |m| m.vocab as usize);
             let (spans, steps) = (calls[agent].spans.len(), calls[agent].steps.len());
             let borrow = |at: usize, rows: usize| -> PyResult<Option<Borrowed>> {
                 if rows == 0 {
@@ -261,7 +290,7 @@ impl PyBackend {
                 }
                 Borrowed::new(&pair.get_item(at)?, rows, vocab).map(Some)
             };
-            out.push((agent, borrow(0, spans)?, borrow(1, steps)?));
+            out[agent] = [borrow(1, steps)?, borrow(0, spans)?];
         }
         Ok(out)
     }
@@ -303,7 +332,10 @@ impl Backend for PyBackend {
                         dict.set_item("ids", ids)?;
                     }
                 }
-                self.engine.bind(py).call_method1("encode", (model.0, dict))?.extract()
+                self.engine
+                    .bind(py)
+                    .call_method1("encode", (model.0, dict))?
+                    .extract()
             };
             call().map_err(|error| {
                 if error.is_instance_of::<PyValueError>(py) {
@@ -318,15 +350,17 @@ impl Backend for PyBackend {
     fn reserve(&mut self, slots: u32, max_len: u32) -> Result<(), BackendError> {
         Python::attach(|py| {
             let engine = self.engine.bind(py);
-            engine.call_method1("reserve", (slots, max_len)).map_err(|error| {
-                if error.is_instance_of::<PyValueError>(py) {
-                    BackendError::Invalid(error.value(py).to_string())
-                } else if error.is_instance_of::<PyMemoryError>(py) {
-                    backend_error(py, error, "out of memory")
-                } else {
-                    backend_error(py, error, "reserving KV caches")
-                }
-            })?;
+            engine
+                .call_method1("reserve", (slots, max_len))
+                .map_err(|error| {
+                    if error.is_instance_of::<PyValueError>(py) {
+                        BackendError::Invalid(error.value(py).to_string())
+                    } else if error.is_instance_of::<PyMemoryError>(py) {
+                        backend_error(py, error, "out of memory")
+                    } else {
+                        backend_error(py, error, "reserving KV caches")
+                    }
+                })?;
             self.info =
                 read_info(engine).map_err(|e| backend_error(py, e, "reading engine info"))?;
             Ok(())
@@ -335,8 +369,10 @@ impl Backend for PyBackend {
 
     fn open(&mut self, lanes: &[LaneSpec]) -> Result<(), BackendError> {
         Python::attach(|py| {
-            let specs: Vec<(u32, u32, u32)> =
-                lanes.iter().map(|s| (s.lane.slot.0, s.lane.agent.0, s.max_len)).collect();
+            let specs: Vec<(u32, u32, u32)> = lanes
+                .iter()
+                .map(|s| (s.lane.slot.0, s.lane.agent.0, s.max_len))
+                .collect();
             match self.engine.bind(py).call_method1("open", (specs,)) {
                 Ok(_) => Ok(()),
                 Err(error) => Err(backend_error(py, error, "opening lanes")),
@@ -357,12 +393,21 @@ impl Backend for PyBackend {
         let mut places: Vec<Vec<Option<(bool, usize)>>> = vec![vec![None; agents]; rows.len()];
         for row in rows {
             if row.merge.is_empty() {
-                return Err(BackendError::Invalid(format!("slot {} merges no agent", row.slot)));
+                return Err(BackendError::Invalid(format!(
+                    "slot {} merges no agent",
+                    row.slot
+                )));
             }
             if row.want.hidden {
-                return Err(BackendError::Unsupported("hidden states are not built yet".into()));
+                return Err(BackendError::Unsupported(
+                    "hidden states are not built yet".into(),
+                ));
             }
-            if row.want.versus.is_some_and(|other| !rows.iter().any(|r| r.slot == other)) {
+            if row
+                .want
+                .versus
+                .is_some_and(|other| !rows.iter().any(|r| r.slot == other))
+            {
                 return Err(BackendError::Invalid(format!(
                     "slot {}: the slot to compare with is not in this call",
                     row.slot
@@ -383,7 +428,10 @@ impl Backend for PyBackend {
                     places[index][agent.index()] = Some((false, call.steps.len()));
                     call.steps.push(index);
                 } else {
-                    let mut packed = Packed { k: width(feed), ..Packed::default() };
+                    let mut packed = Packed {
+                        k: width(feed),
+                        ..Packed::default()
+                    };
                     pack(feed, &mut packed)?;
                     call.span_feeds.push(packed);
                     places[index][agent.index()] = Some((true, call.spans.len()));
@@ -392,34 +440,38 @@ impl Backend for PyBackend {
             }
         }
         for call in &mut calls {
-            call.step_slots =
-                call.spans.iter().chain(&call.steps).map(|&r| rows[r].slot.0).collect();
+            call.step_slots = call
+                .spans
+                .iter()
+                .chain(&call.steps)
+                .map(|&r| rows[r].slot.0)
+                .collect();
         }
-        let borrowed = Python::attach(|py| {
-            self.forward(py, &calls).map_err(|error| {
-                let context =
-                    format!("{} rows of {agents} agents could not be advanced", rows.len());
-                backend_error(py, error, context)
+        let context = || {
+            format!(
+                "{} rows of {agents} agents could not be advanced",
+                rows.len()
+            )
+        };
+        let outputs = Python::attach(|py| {
+            let answer = self
+                .forward(py, &calls)
+                .map_err(|error| backend_error(py, error, context()))?;
+            self.borrow_logits(&answer, &calls).map_err(|error| {
+                let error = backend_error(py, error, context());
+                // The lanes have moved; an answer that cannot be used takes them back.
+                self.take_back(rows).err().unwrap_or(error)
             })
         })?;
-        let mut outputs: Vec<[Option<Borrowed>; 2]> = (0..agents).map(|_| [None, None]).collect();
-        for (agent, spans, steps) in borrowed {
-            outputs[agent] = [steps, spans];
-        }
         let find = |row: usize, agent: AgentId| {
             let (span, at) = places[row][agent.index()]?;
             outputs[agent.index()][usize::from(span)].as_ref()?.row(at)
         };
-        let result = self.assembler.assemble(&self.info, rows, consensus, &find, out);
+        let result = self
+            .assembler
+            .assemble(&self.info, rows, consensus, &find, out);
         if result.is_err() {
-            // The lanes have moved already; a request that only now proves wrong takes them back.
-            for row in rows {
-                for (agent, feed) in row.feeds {
-                    let lane = LaneId { slot: row.slot, agent: *agent };
-                    let length = self.length(lane)?;
-                    self.truncate(lane, length - feed.positions() as u32)?;
-                }
-            }
+            self.take_back(rows)?;
         }
         result
     }
@@ -443,7 +495,10 @@ impl Backend for PyBackend {
         // Teardown is best effort: a failure here must not hide the error that led to it.
         let _ = Python::try_attach(|py| {
             let slots: Vec<u32> = slots.iter().map(|s| s.0).collect();
-            self.engine.bind(py).call_method1("close", (slots,)).map(|_| ())
+            self.engine
+                .bind(py)
+                .call_method1("close", (slots,))
+                .map(|_| ())
         });
     }
 
@@ -477,6 +532,29 @@ impl PyBackend {
                 }
             })
         })
+    }
+
+    /// Undoes an engine call that succeeded; where even that fails nobody knows where lanes are.
+    fn take_back(&self, rows: &[Row<'_>]) -> Result<(), BackendError> {
+        let back = |lane: LaneId, positions: u32| {
+            let length = self.length(lane)?.saturating_sub(positions);
+            self.call("truncate", |_, engine| {
+                engine
+                    .call_method1("truncate", (lane_tuple(lane), length))
+                    .map(|_| ())
+            })
+        };
+        for row in rows {
+            for (agent, feed) in row.feeds {
+                let lane = LaneId {
+                    slot: row.slot,
+                    agent: *agent,
+                };
+                back(lane, feed.positions() as u32)
+                    .map_err(|error| BackendError::Poisoned(format!("{lane}: {error}")))?;
+            }
+        }
+        Ok(())
     }
 
     fn length(&self, lane: LaneId) -> Result<u32, BackendError> {

@@ -34,7 +34,10 @@ impl PyHost {
         if is_model_error {
             HostError::Usage(message)
         } else {
-            HostError::Failed { message, source: Some(Box::new(error)) }
+            HostError::Failed {
+                message,
+                source: Some(Box::new(error)),
+            }
         }
     }
 }
@@ -43,7 +46,10 @@ impl PyHost {
 pub fn one_line(py: Python<'_>, error: &PyErr) -> String {
     let value = error.value(py).to_string();
     let value = value.split_whitespace().collect::<Vec<_>>().join(" ");
-    let name = error.get_type(py).name().map_or_else(|_| "error".into(), |n| n.to_string());
+    let name = error
+        .get_type(py)
+        .name()
+        .map_or_else(|_| "error".into(), |n| n.to_string());
     match name.as_str() {
         "ModelError" | "WeightsError" => value,
         _ if value.is_empty() => name,
@@ -64,7 +70,11 @@ pub fn load_engine<'py>(py: Python<'py>, spec: &EngineSpec) -> PyResult<Bound<'p
     options.set_item("deterministic", spec.deterministic)?;
     options.set_item("fast", spec.fast)?;
     options.set_item("attn", &spec.attention)?;
-    class.call_method("load", (spec.experts.clone(), spec.agents.clone()), Some(&options))
+    class.call_method(
+        "load",
+        (spec.experts.clone(), spec.agents.clone()),
+        Some(&options),
+    )
 }
 
 impl Host for PyHost {
@@ -84,7 +94,9 @@ impl Host for PyHost {
                 .import("dlmom_rs.environment")
                 .and_then(|m| m.call_method0("as_json"))
                 .and_then(|t| t.extract::<String>());
-            text.ok().and_then(|t| serde_json::from_str(&t).ok()).unwrap_or(Value::Null)
+            text.ok()
+                .and_then(|t| serde_json::from_str(&t).ok())
+                .unwrap_or(Value::Null)
         })
     }
 
@@ -110,7 +122,9 @@ impl Host for PyHost {
         Python::attach(|py| {
             let module = py.import("dlmom_rs.display").ok()?;
             let object = module.call_method0("RichDisplay").ok()?;
-            Some(Box::new(PyDisplay { object: object.unbind() }) as Box<dyn Display>)
+            Some(Box::new(PyDisplay {
+                object: object.unbind(),
+            }) as Box<dyn Display>)
         })
     }
 
@@ -137,7 +151,10 @@ impl PyDisplay {
     fn call(&self, method: &str, payload: &Value) {
         Python::attach(|py| {
             // A display that fails must not take the run with it.
-            let _ = self.object.bind(py).call_method1(method, (payload.to_string(),));
+            let _ = self
+                .object
+                .bind(py)
+                .call_method1(method, (payload.to_string(),));
         });
     }
 }
@@ -147,10 +164,16 @@ impl Display for PyDisplay {
         self.call("start", &serde_json::to_value(cell).unwrap_or_default());
     }
     fn update(&mut self, progress: &CellProgress) {
-        self.call("update", &serde_json::to_value(progress).unwrap_or_default());
+        self.call(
+            "update",
+            &serde_json::to_value(progress).unwrap_or_default(),
+        );
     }
     fn finish(&mut self, progress: &CellProgress) {
-        self.call("finish", &serde_json::to_value(progress).unwrap_or_default());
+        self.call(
+            "finish",
+            &serde_json::to_value(progress).unwrap_or_default(),
+        );
     }
     fn line(&mut self, text: &str) {
         self.call("line", &Value::String(text.into()));

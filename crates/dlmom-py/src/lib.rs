@@ -30,7 +30,11 @@ mod _core {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("BackendError", module.py().get_type::<BackendFailure>())?;
-        let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
+        let profile = if cfg!(debug_assertions) {
+            "debug"
+        } else {
+            "release"
+        };
         module.add("build_profile", profile)
     }
 
@@ -48,4 +52,3 @@ mod _core {
         })
     }
 }
-

@@ -4,9 +4,7 @@ use std::ops::ControlFlow;
 
 use dlmom_runs::{Overrides, Registry, Setting};
 use dlmom_runtime::conformance::{Preset, Settings, check};
-use dlmom_runtime::{
-    EnsembleInfo, Job, LoopConfig, MemoryStats, Outcome, RunOptions, Sink, run,
-};
+use dlmom_runtime::{EnsembleInfo, Job, LoopConfig, MemoryStats, Outcome, RunOptions, Sink, run};
 use pyo3::prelude::*;
 
 use crate::backend::PyBackend;
@@ -44,9 +42,17 @@ impl Sink for Collect {
 pub fn loop_config(experts: usize) -> PyResult<String> {
     let wrong = |e: String| ConfigError::new_err(e);
     let registry = Registry::builtin().map_err(|e| wrong(e.to_string()))?;
-    let setting = Setting { shared_model: experts == 1, experts };
+    let setting = Setting {
+        shared_model: experts == 1,
+        experts,
+    };
     let plan = registry
-        .expand(&["A1".to_owned()], &[dlmom_runs::REF.to_owned()], setting, &Overrides::default())
+        .expand(
+            &["A1".to_owned()],
+            &[dlmom_runs::REF.to_owned()],
+            setting,
+            &Overrides::default(),
+        )
         .map_err(|e| wrong(e.to_string()))?;
     let config = plan
         .runs()
@@ -75,10 +81,19 @@ pub fn generate(
     let config: LoopConfig = serde_json::from_str(config).map_err(|e| wrong("config", e))?;
     let jobs: Vec<Job> = serde_json::from_str(jobs).map_err(|e| wrong("jobs", e))?;
     let mut backend = PyBackend::new(engine)?;
-    let mut sink = Collect { outcomes: Vec::new(), interrupt: None };
+    let mut sink = Collect {
+        outcomes: Vec::new(),
+        interrupt: None,
+    };
     let options = RunOptions { max_failures, rows };
     let result = py.detach(|| {
-        run(&mut backend, &config, &options, &mut jobs.into_iter(), &mut sink)
+        run(
+            &mut backend,
+            &config,
+            &options,
+            &mut jobs.into_iter(),
+            &mut sink,
+        )
     });
     if let Some(interrupt) = sink.interrupt {
         return Err(interrupt);

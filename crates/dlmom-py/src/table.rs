@@ -1,4 +1,4 @@
-//! Run tables through the Arrow C stream interface (PyCapsule protocol), without copying.
+//! Run tables through the Arrow C stream interface (`PyCapsule` protocol), without copying.
 
 use std::path::PathBuf;
 
@@ -19,7 +19,7 @@ pub struct ArrowTable {
 
 #[pymethods]
 impl ArrowTable {
-    /// The Arrow C stream of the table, as a capsule (Arrow PyCapsule interface).
+    /// The Arrow C stream of the table, as a capsule (Arrow `PyCapsule` interface).
     #[pyo3(signature = (requested_schema=None))]
     fn __arrow_c_stream__<'py>(
         &self,
@@ -51,14 +51,17 @@ pub fn run_table(py: Python<'_>, path: PathBuf, table: &str, text: bool) -> PyRe
         )));
     }
     let batch = py
-        .detach(|| match table {
-            "raw" => tables::raw_batch(&[&path], text).map(|(batch, _)| batch).map_err(|e| e.to_string()),
-            _ => {
-                let folded = tables::aggregate(&[path]).map_err(|e| e.to_string())?;
-                if table == "cells" { folded.cells_batch() } else { folded.tidy_batch() }
-                    .map_err(|e| e.to_string())
+        .detach(|| {
+            if table == "raw" {
+                return tables::raw_batch(&[&path], text).map(|(batch, _)| batch);
+            }
+            let folded = tables::aggregate(&[path])?;
+            if table == "cells" {
+                folded.cells_batch()
+            } else {
+                folded.tidy_batch()
             }
         })
-        .map_err(RunDataError::new_err)?;
+        .map_err(|e| RunDataError::new_err(e.to_string()))?;
     Ok(ArrowTable { batch })
 }

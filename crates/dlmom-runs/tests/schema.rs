@@ -9,7 +9,8 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use dlmom_runs::{Experiment, Overrides, Registry, Setting};
+use serde_json::{Map, Value, json};
 
 fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -66,6 +67,42 @@ fn what_the_parser_reads_is_recorded_for_other_parsers() {
     let text = serde_json::to_string_pretty(&golden).unwrap() + "\n";
     check(
         &repository().join("crates/dlmom-runs/tests/golden/configs.json"),
+        &text,
+    );
+}
+
+#[test]
+fn what_the_emitter_writes_is_recorded_for_other_parsers() {
+    let setting = Setting {
+        shared_model: false,
+        experts: 2,
+    };
+    let overrides = Overrides {
+        answer_cue: Some("yes: #1\n'x'".into()),
+        ..Overrides::default()
+    };
+    let plan = Registry::builtin()
+        .unwrap()
+        .expand(&[], &[], setting, &overrides)
+        .unwrap();
+    let golden: Vec<Value> = plan
+        .cells
+        .iter()
+        .map(|cell| {
+            // Through text, so that 32-bit numbers keep their short form.
+            let json = serde_json::to_string(&cell.experiment).unwrap();
+            let value: Value = serde_json::from_str(&json).unwrap();
+            let yaml = dlmom_runs::yaml::to_string(&cell.experiment).unwrap();
+            assert_eq!(
+                dlmom_runs::yaml::from_str::<Experiment>("x", &yaml).unwrap(),
+                cell.experiment
+            );
+            json!({ "yaml": yaml, "value": value })
+        })
+        .collect();
+    let text = serde_json::to_string_pretty(&golden).unwrap() + "\n";
+    check(
+        &repository().join("crates/dlmom-runs/tests/golden/emitted.json"),
         &text,
     );
 }

@@ -485,7 +485,7 @@ impl Loop<'_> {
         Ok(())
     }
 
-    /// After a failed call nothing has advanced: finds out which rows fail on their own and lets the others go on.
+    /// After a failed call nothing has advanced: tries every row once more, by itself. Those that fail again end, the others go on.
     fn isolate(
         &mut self,
         slots: &[SlotId],
@@ -506,16 +506,11 @@ impl Loop<'_> {
         ) {
             return Err(fatal(error, self.stats.steps));
         }
-        let mut first = Some(error);
         for &slot in slots {
             if sink.poll().is_break() {
                 return Err(RunError::Interrupted(None));
             }
-            let outcome = if slots.len() == 1 {
-                first.take().map_or(Ok(()), Err)
-            } else {
-                self.advance(&[slot], readout)
-            };
+            let outcome = self.advance(&[slot], readout);
             match outcome {
                 Ok(()) => {
                     self.failures = 0;

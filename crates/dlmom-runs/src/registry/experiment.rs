@@ -198,7 +198,8 @@ impl Experiment {
     /// # Errors
     /// Never for a validated experiment: only non-finite numbers have no JSON.
     pub fn knobs(&self) -> Result<Value, serde_json::Error> {
-        let mut value = serde_json::to_value(self)?;
+        // Through text, so that a 32-bit 0.1 stays 0.1.
+        let mut value: Value = serde_json::from_str(&serde_json::to_string(self)?)?;
         if let Value::Object(map) = &mut value {
             map.shift_remove("id");
             map.shift_remove("suite");

@@ -14,7 +14,7 @@ use crate::registry::{CellKind, Plan};
 /// Version of the manifest.
 pub const MANIFEST_FORMAT: u32 = 1;
 
-/// What `run.json` holds. `context` decides whether a folder may be continued; everything else only informs.
+/// What `run.json` holds. [`Manifest::conflicts`] says which fields decide whether a folder may be continued; the others inform.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -138,7 +138,16 @@ impl Manifest {
     /// What keeps a folder with this manifest from being continued by `current`; empty if nothing does.
     #[must_use]
     pub fn conflicts(&self, current: &Self) -> Vec<FieldDiff> {
-        let facts = |m: &Self| serde_json::json!({"format": m.format, "context": m.context});
+        let facts = |m: &Self| {
+            serde_json::json!({
+                "format": m.format,
+                "bench": m.bench,
+                "data_sha256": m.data_sha256,
+                "shared_model": m.shared_model,
+                "experts": m.experts,
+                "context": m.context,
+            })
+        };
         diff("", &facts(self), &facts(current))
     }
 
