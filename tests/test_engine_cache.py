@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 VOCAB = 266
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 272,
     "hidden_size": 64,
     "intermediate_size": 208,
@@ -247,7 +248,7 @@ def test_waiting_lanes_are_untouched_even_when_full(engine: Engine) -> None:
     engine.close([0, 3])
 
 
-def rows_of(engine: Engine, agent: int = 0) -> list:
+def rows_of(engine: Engine, agent: int = 0) -> list[Any]:
     lanes = engine._lanes[agent]
     assert isinstance(lanes, RowSlotLanes)
     return lanes.cache.rows
@@ -298,7 +299,7 @@ def test_a_failed_advance_leaves_every_lane_where_it_was(
     def fail(*_: object, **__: object) -> None:
         raise error("broken on purpose")
 
-    def calls(token: int) -> list:
+    def calls(token: int) -> list[Any]:
         span_of = [span(2, printed([token, 4, 5]))]
         return [
             (a, span_of, step({0: [(token, 1.0)], 1: [(token + 1, 0.6), (2, 0.4)]})) for a in (0, 1)

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ VOCAB = 266
 TEXT = "the thing\n in a café: 数 \t\x00 🙂"
 
 
-def config(rows: int = 272, **more: object) -> transformers.LlamaConfig:
+def config(rows: int = 272, **more: Any) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
         **{
             "vocab_size": rows, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -127,7 +128,7 @@ def test_one_vocabulary_with_different_padding(tmp_path: Path, shipped: Path) ->
         prefill(engine, 0, printed([266]))
 
 
-def spoil_weights(change: Callable[[dict], None]) -> Callable[[Path], None]:
+def spoil_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         file = folder / "model.safetensors"
         weights = load_file(file)
@@ -167,8 +168,8 @@ def more_tokens_than_rows(folder: Path) -> None:
     save_tokenizer(folder, tokenizer)
 
 
-def text(file: str, content: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / file).write_text(content, encoding="utf-8") and None
+def text(file: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_text(content, encoding="utf-8")
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -209,7 +210,7 @@ def test_bad_folders(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_weights_that_are_not_finite(folder: Path, value: float, dtype: str) -> None:
-    def change(weights: dict) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.0.mlp.up_proj.weight"][3, 5] = value
 
     spoil_weights(change)(folder)

@@ -52,6 +52,7 @@ _OTHER_SUITES: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("X", _DASH_DOT),
     ("p", _DOTTED),
 )
+_FILLS = ("full", "none", "bottom", "left", "top", "right")
 
 _WIDTH_IN = 3.5
 _AXES_HEIGHT_IN = 2.4
@@ -63,7 +64,7 @@ _LINE_IN = 0.17
 _LABEL_WIDTH = 46
 _LINE_WIDTH = 52
 _WIDEST_LEGEND = 5
-# More curves get a panel for each suite.
+# More curves are spread over panels.
 _PANEL_CURVES = 8
 # More bands in a panel would be mud; they are equally wide, and the title says how wide.
 _SHADED_CURVES = 4
@@ -93,7 +94,7 @@ class _Look:
     dashes: tuple[float, ...]
     # Where its first dash begins, so that dashed curves that coincide all show.
     phase: float
-    filled: bool
+    fill: str
 
     def marks(self, scale: float) -> dict[str, Any]:
         """What ``Axes.plot`` is told about colour and markers."""
@@ -101,9 +102,10 @@ class _Look:
             "color": self.colour,
             "marker": self.marker,
             "markersize": scale * {"*": 10.0, "^": 7.0}.get(self.marker, 5.5),
-            "markerfacecolor": self.colour if self.filled else "white",
-            "markeredgewidth": 0.5 if self.filled else 1.0,
-            "markeredgecolor": "white" if self.filled else self.colour,
+            "fillstyle": self.fill,
+            "markerfacecoloralt": "white",
+            "markeredgewidth": 0.5 if self.fill == "full" else 1.0,
+            "markeredgecolor": "white" if self.fill == "full" else self.colour,
         }
 
 
@@ -208,21 +210,20 @@ def _read(path: str | os.PathLike[str]) -> _Run:
 
 
 def _looks(cells: Sequence[tuple[str, str]]) -> list[_Look]:
-    """Colours tell cells apart, within a suite if they are many; markers and dashes the suites."""
+    """Markers and dashes tell the suites, colours the cells, fills those beyond the colours."""
     suites = dict(_SUITES)
-    few = sum(experiment != _REF for experiment, _ in cells) <= len(_COLOURS)
     seen: Counter[str] = Counter()
     looks = []
     for experiment, suite in cells:
         if experiment == _REF:
-            looks.append(_Look(_BLACK, "*", _SOLID, 0.0, True))
+            looks.append(_Look(_BLACK, "*", _SOLID, 0.0, _FILLS[0]))
             continue
         if suite not in suites:
             suites[suite] = _OTHER_SUITES[(len(suites) - len(_SUITES)) % len(_OTHER_SUITES)]
-        among = "" if few else suite
-        lap, index = divmod(seen[among], len(_COLOURS))
-        seen[among] += 1
-        looks.append(_Look(_COLOURS[index], *suites[suite], 1.7 * index, lap % 2 == 0))
+        index = seen.total() % len(_COLOURS)
+        fill = _FILLS[seen[suite] // len(_COLOURS) % len(_FILLS)]
+        seen[suite] += 1
+        looks.append(_Look(_COLOURS[index], *suites[suite], 1.7 * index, fill))
     return looks
 
 
@@ -507,18 +508,19 @@ def _switch_count_cdf(run: _Run) -> _Drawing:
     groups = _alike(run.cells, lambda cell: (cell.row["n_items"], *counts[cell.id]))
     curves = [_Curve.of(group, counts[group[0].id]) for group in groups]
     end = max(curve.steps[-1] for curve in curves) + 1
-    panels = _panels(curves)
+    suites = dict.fromkeys(cell.row["suite"] for cell in run.cells if cell.id != _REF)
+    panels = _panels(curves, list(suites))
     band = f"95 % band ±{_span([curve.half for curve in curves], '.2f')}"
     figure, grid = _canvas(len(panels), _title(run, band))
     handles: dict[str, Artist] = {}
-    for axes, (suite, members) in zip(grid, panels.items(), strict=True):
+    for axes, (title, members) in zip(grid, panels, strict=True):
         crowded = len(members) > _SHADED_CURVES
         for index, curve in enumerate(members):
             handle = curve.draw(axes, end, shaded=index == 0 or not crowded)
             handles.setdefault(_joined(curve.cells), handle)
         axes.set_ylabel("cumulative share")
         if len(panels) > 1:
-            axes.set_title(suite, loc="left", pad=2, parse_math=False)
+            axes.set_title(textwrap.fill(title, _LINE_WIDTH), loc="left", pad=2, parse_math=False)
     grid[-1].set_xlim(0, end)
     grid[-1].set_ylim(0, 1.02)
     grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -539,15 +541,24 @@ def _switch_count_cdf(run: _Run) -> _Drawing:
     return _Drawing(figure, columns, rows)
 
 
-def _panels(curves: Sequence[_Curve]) -> dict[str, list[_Curve]]:
-    """A panel for all, or one for every suite where they are many; the reference is in each."""
+def _panels(curves: Sequence[_Curve], suites: Sequence[str]) -> list[tuple[str, list[_Curve]]]:
+    """Titles and curves. Many curves are spread over panels by suite, the reference in each; small
+    suites share a panel, large ones get several."""
     if len(curves) <= _PANEL_CURVES:
-        return {"": list(curves)}
-    suites = [cell.row["suite"] for curve in curves for cell in curve.cells if cell.id != _REF]
-    return {
-        suite: [c for c in curves if any(m.id == _REF or m.row["suite"] == suite for m in c.cells)]
-        for suite in dict.fromkeys(suites)
-    }
+        return [("", list(curves))]
+    reference = [c for c in curves if any(cell.id == _REF for cell in c.cells)]
+    others = [c for c in curves if c not in reference]
+    room = _PANEL_CURVES - len(reference)
+    panels: list[tuple[str, list[_Curve]]] = []
+    for suite in suites:
+        members = [c for c in others if any(cell.row["suite"] == suite for cell in c.cells)]
+        if panels and members and len(panels[-1][1]) + len(members) <= room:
+            title, earlier = panels[-1]
+            fresh = [c for c in members if c not in earlier]
+            panels[-1] = (f"{title}, {suite}", [*earlier, *fresh])
+            continue
+        panels.extend((suite, members[i : i + room]) for i in range(0, len(members), room))
+    return [(title, [*reference, *members]) for title, members in panels]
 
 
 _FIGURES = (

@@ -8,6 +8,7 @@ pub mod ids;
 pub mod mock;
 pub mod orchestrator;
 pub mod outcome;
+mod sample;
 
 pub use assemble::{Assembler, check_rows};
 pub use backend::{

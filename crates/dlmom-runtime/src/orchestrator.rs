@@ -1,26 +1,24 @@
 //! The loop: admits samples into slots, advances all of them together, decides each one's next input.
 
 use std::ops::ControlFlow;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use dlmom_core::{
-    AlphaUnit, Controller, Decision, Draw, Force, GateController, Mode, Reason, RowReadout, Stream,
-    noise, normalized, sample_key,
+    AlphaUnit, Controller, Draw, Force, GateController, Mode, Reason, RowReadout, Stream, noise,
+    normalized,
 };
 use dlmom_packet::{BeliefPacket, Encoding, Meta, decode_exact, encode_into, encoded_len};
 
 use crate::backend::{
-    Backend, BackendError, EnsembleInfo, Feed, LaneSpec, ReadRow, Readout, Row, Want,
+    Backend, BackendError, EnsembleInfo, Feed, LaneSpec, ModelInfo, ReadRow, Readout, Row, Want,
 };
 use crate::config::{ConfigError, LoopConfig};
 use crate::ids::{AgentId, LaneId, SlotId};
-use crate::outcome::{ENTROPY_BINS, Job, Outcome, Spread, Stop, Trace, entropy_bin};
+use crate::outcome::{Job, Outcome, Stop};
+use crate::sample::{Active, NextFeed, Step};
 
 /// Probability of the end tokens from which a latent sample is taken to be done thinking.
 pub const EOS_CERTAIN: f32 = 0.9;
-
-/// Entries of a packet kept in a trace.
-pub const TRACE_TOP: usize = 5;
 
 /// Shortest time between two progress reports.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -169,39 +167,6 @@ pub fn check_vocabularies(info: &EnsembleInfo) -> Result<(), RunError> {
     Ok(())
 }
 
-enum NextFeed {
-    Tokens(Vec<Vec<u32>>),
-    Packet(BeliefPacket),
-}
-
-struct Active {
-    job: Job,
-    controller: GateController,
-    next: NextFeed,
-    key: u64,
-    /// Observations so far: the step of the random streams.
-    observed: u32,
-    lengths: Vec<u32>,
-    limits: Vec<u32>,
-    text: Vec<u32>,
-    explicit: u32,
-    latent: u32,
-    segments: Vec<u32>,
-    prompt_tokens: Vec<u32>,
-    uplink: u64,
-    downlink: u64,
-    entropy_sum: f64,
-    entropy_min: f64,
-    entropy_max: f64,
-    hist: Vec<u32>,
-    mass_sum: f64,
-    kl_sum: f64,
-    last_mode: Option<Mode>,
-    admitted: Instant,
-    started_at: f64,
-    trace: Option<Trace>,
-}
-
 struct Ensemble {
     agents: Vec<AgentId>,
     vocab: u32,
@@ -346,6 +311,11 @@ impl Loop<'_> {
                 Err(error) => self.isolate(&active, error, &mut readout, sink)?,
             }
         }
+    }
+
+    /// The model whose token bytes print the answer; all agents share its vocabulary.
+    fn first_model(&self) -> &ModelInfo {
+        &self.info.models[self.info.agents[0].index()]
     }
 
     fn progress(&self, active: usize) -> Progress {
@@ -614,9 +584,14 @@ impl Loop<'_> {
         active.note_entropy(entropy);
         let stream = active.stream();
         active.observed += 1;
+        let step = Step {
+            decision,
+            entropy,
+            observed,
+        };
         match decision.mode {
-            Mode::Latent => self.latent(active, read, &stream, decision, entropy, observed),
-            Mode::Explicit => self.explicit(active, read, decision, entropy, observed),
+            Mode::Latent => self.latent(active, read, &stream, step),
+            Mode::Explicit => self.explicit(active, read, step),
         }
     }
 
@@ -625,9 +600,7 @@ impl Loop<'_> {
         active: &mut Active,
         read: &RowReadout,
         stream: &Stream,
-        decision: Decision,
-        entropy: f64,
-        observed: f64,
+        step: Step,
     ) -> Result<Option<Stop>, (Stop, String)> {
         let fail = |error: String| (Stop::Backend, error);
         let noised = noise::apply(&self.config.noise, &read.ids, &read.probs, stream)
@@ -664,20 +637,14 @@ impl Loop<'_> {
             active.segments.push(1);
         }
         active.last_mode = Some(Mode::Latent);
-        if let Some(trace) = &mut active.trace {
-            let model = &self.info.models[self.info.agents[0].index()];
-            push_trace(
-                trace,
-                read,
-                decision,
-                entropy,
-                observed,
-                noised.kl,
-                None,
-                Some(&received),
-                model,
-            );
-        }
+        active.record(
+            read,
+            step,
+            noised.kl,
+            None,
+            Some(&received),
+            self.first_model(),
+        );
         active.next = NextFeed::Packet(received);
         Ok(self.spent(active))
     }
@@ -686,13 +653,11 @@ impl Loop<'_> {
         &mut self,
         active: &mut Active,
         read: &RowReadout,
-        decision: Decision,
-        entropy: f64,
-        observed: f64,
+        step: Step,
     ) -> Result<Option<Stop>, (Stop, String)> {
         active.last_mode = Some(Mode::Explicit);
-        let cue_due = decision.switched
-            && decision.reason == Reason::LatentBudget
+        let cue_due = step.decision.switched
+            && step.decision.reason == Reason::LatentBudget
             && !self.ensemble.cue.is_empty();
         let token = if self.config.sampling.is_greedy() {
             read.ids.first().copied()
@@ -703,12 +668,7 @@ impl Loop<'_> {
         if token.is_none() && !cue_due {
             return Err((Stop::Backend, "the readout holds no token to print".into()));
         }
-        if let Some(trace) = &mut active.trace {
-            let model = &self.info.models[self.info.agents[0].index()];
-            push_trace(
-                trace, read, decision, entropy, observed, 0.0, token, None, model,
-            );
-        }
+        active.record(read, step, 0.0, token, None, self.first_model());
         let Some(token) = token else {
             active.text.extend_from_slice(&self.ensemble.cue[0]);
             active.next = NextFeed::Tokens(self.ensemble.cue.clone());
@@ -749,136 +709,10 @@ impl Loop<'_> {
         sink: &mut dyn Sink,
     ) -> Result<(), RunError> {
         self.stats.samples += 1;
-        let model = &self.info.models[self.info.agents[0].index()];
-        let outcome = active.outcome(stop, error, model);
+        let outcome = active.outcome(stop, error, self.first_model());
         sink.finished(outcome, self.info, self.backend.memory())
             .map_err(RunError::Sink)
     }
-}
-
-impl NextFeed {
-    fn positions(&self, experts: usize) -> Vec<u32> {
-        match self {
-            Self::Tokens(tokens) => tokens.iter().map(|ids| ids.len() as u32).collect(),
-            Self::Packet(_) => vec![1; experts],
-        }
-    }
-}
-
-impl Active {
-    fn new(job: Job, controller: GateController) -> Self {
-        let key = sample_key(&job.key.item_id, job.key.sample, 0);
-        let trace = job.trace.then(Trace::default);
-        Self {
-            job,
-            controller,
-            next: NextFeed::Tokens(Vec::new()),
-            key,
-            observed: 0,
-            lengths: Vec::new(),
-            limits: Vec::new(),
-            text: Vec::new(),
-            explicit: 0,
-            latent: 0,
-            segments: Vec::new(),
-            prompt_tokens: Vec::new(),
-            uplink: 0,
-            downlink: 0,
-            entropy_sum: 0.0,
-            entropy_min: f64::INFINITY,
-            entropy_max: f64::NEG_INFINITY,
-            hist: vec![0; ENTROPY_BINS],
-            mass_sum: 0.0,
-            kl_sum: 0.0,
-            last_mode: None,
-            admitted: Instant::now(),
-            started_at: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0.0, |d| d.as_secs_f64()),
-            trace,
-        }
-    }
-
-    fn stream(&self) -> Stream {
-        Stream {
-            seed: self.job.key.seed,
-            sample: self.key,
-            step: u64::from(self.observed),
-        }
-    }
-
-    fn note_entropy(&mut self, entropy: f64) {
-        self.entropy_sum += entropy;
-        self.entropy_min = self.entropy_min.min(entropy);
-        self.entropy_max = self.entropy_max.max(entropy);
-        self.hist[entropy_bin(entropy)] += 1;
-    }
-
-    fn outcome(self, stop: Stop, error: Option<String>, model: &crate::ModelInfo) -> Outcome {
-        let per_latent = |sum: f64| (self.latent > 0).then(|| sum / f64::from(self.latent));
-        let entropy = if self.observed == 0 {
-            Spread::default()
-        } else {
-            Spread {
-                mean: self.entropy_sum / f64::from(self.observed),
-                min: self.entropy_min,
-                max: self.entropy_max,
-            }
-        };
-        Outcome {
-            stop,
-            error,
-            text: model.decode(&self.text),
-            explicit_tokens: self.explicit,
-            latent_steps: self.latent,
-            latent_segments: self.segments,
-            switches: self.controller.switches(),
-            handoffs: 0,
-            prompt_tokens: self.prompt_tokens,
-            forward_tokens: self.lengths,
-            uplink_bytes: self.uplink,
-            downlink_bytes: self.downlink,
-            entropy,
-            entropy_hist: self.hist,
-            topk_mass: per_latent(self.mass_sum),
-            noise_kl: per_latent(self.kl_sum),
-            latency_s: self.admitted.elapsed().as_secs_f64(),
-            started_at: self.started_at,
-            trace: self.trace,
-            tokens: self.text,
-            key: self.job.key,
-        }
-    }
-}
-
-#[expect(clippy::too_many_arguments, reason = "one column of the trace each")]
-fn push_trace(
-    trace: &mut Trace,
-    read: &RowReadout,
-    decision: Decision,
-    entropy: f64,
-    observed: f64,
-    kl: f64,
-    token: Option<u32>,
-    fed: Option<&BeliefPacket>,
-    model: &crate::ModelInfo,
-) {
-    let (ids, probs) = fed.map_or((&read.ids[..], &read.probs[..]), |p| (p.ids(), p.probs()));
-    let keep = TRACE_TOP.min(ids.len());
-    trace.entropy.push(entropy);
-    trace.observed.push(observed);
-    trace.expert_entropy.push(read.entropies.clone());
-    trace.merged_entropy.push(read.merged_entropy);
-    trace.mode.push(decision.mode);
-    trace.reason.push(decision.reason);
-    trace.top_ids.push(ids[..keep].to_vec());
-    trace.top_probs.push(probs[..keep].to_vec());
-    trace
-        .top_tokens
-        .push(ids[..keep].iter().map(|&id| model.decode(&[id])).collect());
-    trace.mass.push(read.mass);
-    trace.noise_kl.push(kl);
-    trace.token.push(token);
 }
 
 fn one_line(error: &dyn std::error::Error) -> String {

@@ -25,20 +25,19 @@ def one_hot_rows(probs: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def _tree_sum(terms: Tensor) -> Tensor:
-    """Sum ``terms`` [n, k, h] over k, halving pairwise; k is padded with zeros to a power of two.
+    """Sum ``terms`` [k, n, h] over k, halving pairwise, in place; returns [n, h].
 
-    Adding (i, i + half) makes the result independent of further zero padding: the first halving
-    of a padded array adds zeros and gives the unpadded array back. Only elementwise additions are
-    used, so no library's choice of reduction order enters.
+    Term i is added to term i + half, with half the largest power of two below what is left: the
+    order of a tree over the next power of two with zeros for the terms that are not there. So zero
+    padding changes nothing, and as only elementwise additions are used, no library's choice of
+    reduction order enters.
     """
-    count = terms.shape[1]
-    size = 1 << (count - 1).bit_length()
-    if size != count:
-        terms = torch.cat([terms, terms.new_zeros(terms.shape[0], size - count, terms.shape[2])], 1)
-    while size > 1:
-        size //= 2
-        terms = terms[:, :size] + terms[:, size:]
-    return terms[:, 0]
+    count = terms.shape[0]
+    while count > 1:
+        half = 1 << (count - 1).bit_length() - 1
+        terms[: count - half] += terms[half:count]
+        count = half
+    return terms[0]
 
 
 def mixture(module: nn.Module, ids: Tensor, probs: Tensor) -> Tensor:
@@ -49,12 +48,14 @@ def mixture(module: nn.Module, ids: Tensor, probs: Tensor) -> Tensor:
     blocks: list[Tensor] = []
     hidden = module(ids[:1, :1]).shape[-1]
     rows_per_block = max(1, BLOCK_ELEMENTS // (min(ids.shape[1], TREE) * hidden))
-    for start in range(0, ids.shape[0], rows_per_block):
+    # Entries first: the halves of the tree are then contiguous.
+    ids, weights = ids.t().contiguous(), probs.t().contiguous()[..., None]
+    for start in range(0, ids.shape[1], rows_per_block):
         rows = slice(start, start + rows_per_block)
         total: Tensor | None = None
-        for left in range(0, ids.shape[1], TREE):
-            cols = slice(left, left + TREE)
-            part = _tree_sum(module(ids[rows, cols]).float() * probs[rows, cols, None])
+        for left in range(0, ids.shape[0], TREE):
+            entries = slice(left, left + TREE)
+            part = _tree_sum(module(ids[entries, rows]).float() * weights[entries, rows])
             total = part if total is None else total + part
         assert total is not None
         # A sum of negative zeros is -0.0 alone but 0.0 once padded; adding 0.0 makes both 0.0.
