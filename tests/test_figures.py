@@ -382,9 +382,9 @@ def test_pictures_are_readable(tmp_path: Path, figures: list[Figure], cells: lis
             assert axes.bbox.height > 1.0 * figure.dpi
             assert axes.get_ylabel()
         assert figure.axes[-1].get_xlabel()
-        title = figure.get_suptitle()
+        title = " ".join(figure.get_suptitle().split())
         assert title.startswith("tinygsm, n = 15 items")
-        assert ("15 to 30 samples" in title.replace("\n", " ")) == ("A1.2" in cells)
+        assert ("15 to 30 samples" in title) == ("A1.2" in cells)
 
 
 def test_many_curves_are_spread_over_panels(tmp_path: Path, figures: list[Figure]) -> None:
@@ -416,7 +416,7 @@ def test_many_curves_are_spread_over_panels(tmp_path: Path, figures: list[Figure
             ],
         ),
     ]:
-        draw_run(write(tmp_path / name, *(random_cell(c, 15) for c in cells)), tmp_path / "out")
+        draw_run(write(tmp_path / name, *(random_cell(c, 40) for c in cells)), tmp_path / "out")
         axes = figures[-1].axes
         assert [(a.get_title(loc="left"), len(a.get_lines())) for a in axes] == expected
 
@@ -425,7 +425,8 @@ def test_bands_are_drawn_where_there_is_room(tmp_path: Path, figures: list[Figur
     cells = [random_cell(name, 15) for name in ("REF", "A1.2", "A1.3", "A1.4")]
     draw_run(write(tmp_path / "run", *cells), tmp_path / "out")
     assert len(figures[2].axes[0].collections) == 4
-    assert figures[2].get_suptitle() == "tinygsm, n = 15 items, 95 % band ±0.35"
+    title = " ".join(figures[2].get_suptitle().split())
+    assert title == "tinygsm, n = 15 items, 95 % band ±0.35"
 
 
 def test_drawing_again_changes_no_byte(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ _OTHER_SUITES: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("X", _DASH_DOT),
     ("p", _DOTTED),
 )
+_SIZES = {"*": 10.0, "^": 7.0, "v": 7.0, "P": 8.0, "X": 8.0, "p": 7.0}
 _FILLS = ("full", "none", "bottom", "left", "top", "right")
 
 _WIDTH_IN = 3.5
@@ -66,7 +67,7 @@ _LINE_WIDTH = 52
 _WIDEST_LEGEND = 5
 # More curves are spread over panels.
 _PANEL_CURVES = 8
-# More bands in a panel would be mud; they are equally wide, and the title says how wide.
+# More bands in a panel would be mud; the title says how wide all are.
 _SHADED_CURVES = 4
 _STYLE: dict[str, Any] = {
     "font.size": 8.0,
@@ -101,7 +102,7 @@ class _Look:
         return {
             "color": self.colour,
             "marker": self.marker,
-            "markersize": scale * {"*": 10.0, "^": 7.0}.get(self.marker, 5.5),
+            "markersize": scale * _SIZES.get(self.marker, 5.5),
             "fillstyle": self.fill,
             "markerfacecoloralt": "white",
             "markeredgewidth": 0.5 if self.fill == "full" else 1.0,
@@ -157,11 +158,13 @@ def draw_run(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[s
     """Draw the figures of the run folder ``run`` into the folder ``out``, which is created.
 
     - ``accuracy_vs_total_steps``: strict accuracy (percent, Wilson's 95 % interval) against mean
-      steps per sample, latent and explicit (95 % interval over items), a point per cell; the dashed
+      steps per sample, latent and explicit (95 % interval over items), a point per cell; the grey
       stairs are the Pareto frontier of the points: fewer steps, higher accuracy.
     - ``accuracy_vs_wallclock``: the same against mean latency per sample in seconds.
     - ``switch_count_cdf``: the share of samples with at most so many changes of mode, a curve per
-      cell; the shading is the Dvoretzky-Kiefer-Wolfowitz 95 % band, items counted as trials.
+      cell; the shading is the Dvoretzky-Kiefer-Wolfowitz 95 % band, items counted as trials. More
+      than 8 curves are spread over panels by suite, REF in each, and of more than 4 in a panel only
+      the first is shaded; the title gives the half-width for all.
 
     ``NAME.csv`` beside each ``NAME.png`` holds the numbers that were drawn, accuracies as
     fractions; the same rows give the same bytes. Returns a line per figure: the path of the PNG, or
@@ -258,12 +261,12 @@ def _needs(column: str, nothing: str, run: _Run) -> str | None:
 
 
 def _title(run: _Run, note: str) -> str:
-    parts = [str(run.cells[0].row["bench"]), f"n = {_span([c.row['n_items'] for c in run.cells])}"]
-    if any(cell.row["n"] != cell.row["n_items"] for cell in run.cells):
-        parts[-1] += f" items, {_span([cell.row['n'] for cell in run.cells])} samples"
-    else:
-        parts[-1] += " items"
-    return ", ".join([*parts, note])
+    items, samples = ([cell.row[column] for cell in run.cells] for column in ("n_items", "n"))
+    parts = [run.cells[0].row["bench"], f"n = {_span(items)} items"]
+    if samples != items:
+        parts.append(f"{_span(samples)} samples")
+    # Where the title takes two lines, the note stays whole.
+    return ", ".join([*parts, note.replace(" ", "\N{NO-BREAK SPACE}")])
 
 
 def _span(values: Sequence[float], form: str = "") -> str:
@@ -424,9 +427,10 @@ def _accuracy_against(cost: _Cost, label: Callable[[_Run], str], run: _Run) -> _
         [*(x for x, _ in stairs), right],
         [*(y for _, y in stairs), stairs[-1][1]],
         drawstyle="steps-post",
-        color="#666666",
-        linestyle=(0, (4, 2)),
-        linewidth=0.9,
+        # Wide and pale, so that it shows behind intervals.
+        color="#BBBBBB",
+        linewidth=3.0,
+        solid_joinstyle="miter",
         zorder=2,
     )[0]
     _legend(figure, handles, 1.6)
