@@ -4,6 +4,7 @@
 #   make test      every Rust and Python test
 #   make lint      rustfmt, clippy, ruff, mypy
 #   make bench     Criterion benches of protocol overhead
+#   make docs      rustdoc of every crate
 #
 # Variables:
 #   PYTHON=python3.12                     interpreter for .venv
@@ -74,6 +75,9 @@ lint: $(VENV)/.deps
 
 bench: $(VENV)/.python
 	cargo bench --locked -p dlmom-benches
+
+docs: $(VENV)/.python
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --exclude dlmom-py --no-deps
 
 clean:
 	rm -rf target $(VENV) $(DEMO) python/dlmom_rs/*.so

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import dlmom_rs
+import pytest
 from dlmom_rs import DeepLatentMoM, _core
 
 
@@ -32,7 +31,9 @@ LATENT: dict[str, Any] = {
 
 
 def patched(
-    monkeypatch: pytest.MonkeyPatch, model: DeepLatentMoM, fail: Callable[[int], BaseException | None]
+    monkeypatch: pytest.MonkeyPatch,
+    model: DeepLatentMoM,
+    fail: Callable[[int], BaseException | None],
 ) -> None:
     """Makes the engine's n-th ``advance`` raise what ``fail(n)`` gives."""
     original = model._engine.advance
@@ -119,9 +120,7 @@ def test_a_call_that_fails_once_changes_no_answer(
     ]
 
 
-def test_wrong_logits_are_refused(
-    ensemble: DeepLatentMoM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_logits_are_refused(ensemble: DeepLatentMoM, monkeypatch: pytest.MonkeyPatch) -> None:
     original = ensemble._engine.advance
     for spoil in (lambda t: t.double(), lambda t: t[:, :-1], lambda t: t.repeat(1, 2)[:, ::2]):
         monkeypatch.setattr(

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Iterator[Path]:
+def copy(whole: Path, tmp_path: Path) -> Path:
     target = tmp_path / "copy"
     shutil.copytree(whole, target)
-    yield target
+    return target
 
 
 def resume(out: Path, *more: object) -> list[str]:
@@ -113,7 +113,9 @@ def test_rows_add_up(whole: Path) -> None:
             assert row["total_steps"] == row["explicit_tokens"] + row["latent_steps"] <= 160
             assert sum(row["latent_segments"]) == row["latent_steps"]
             assert sum(row["forward_tokens_per_agent"]) == row["forward_tokens"]
-            assert 0 <= row["entropy"]["min"] <= row["entropy"]["mean"] <= row["entropy"]["max"] <= 1
+            assert (
+                0 <= row["entropy"]["min"] <= row["entropy"]["mean"] <= row["entropy"]["max"] <= 1
+            )
             # Both experts' f32 logits at every readout, end token included.
             observed = sum(row["entropy_hist"])
             assert row["uplink_bytes"] == observed * 2 * 491 * 4
@@ -137,6 +139,19 @@ def test_a_finished_run_resumes_to_a_no_op(dlmom: Call, copy: Path) -> None:
     before = {p: p.read_bytes() for p in (copy / "raw").iterdir()}
     assert dlmom(*resume(copy)).status == 0
     assert {p: p.read_bytes() for p in (copy / "raw").iterdir()} == before
+
+
+def test_resuming_with_other_seeds_adds_them_and_repeats_no_deterministic_cell(
+    dlmom: Call, whole: Path, copy: Path
+) -> None:
+    words = resume(copy)
+    at = words.index("--seeds")
+    words[at + 1 : at + 3] = ["7"]
+    assert dlmom(*words).status == 0
+    assert rows_of(copy, "REF") == rows_of(whole, "REF")
+    noisy = rows_of(copy, "A1.3")
+    assert {key[1] for key in noisy} == {0, 1, 7}
+    assert rows_of(whole, "A1.3").items() <= noisy.items()
 
 
 def test_without_resume_a_used_folder_is_refused(dlmom: Call, copy: Path) -> None:
@@ -337,9 +352,8 @@ def test_automatic_batch_size_is_recorded_and_kept_on_resume(dlmom: Call, tmp_pa
 
 def test_weights_with_nan_end_the_run_with_one_line(dlmom: Call, tmp_path: Path) -> None:
     import torch
-    from safetensors.torch import load_file, save_file
-
     from dlmom_rs import zoo
+    from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "broken"
     shutil.copytree(zoo.path("tiny-math"), folder)

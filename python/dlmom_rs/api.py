@@ -100,8 +100,9 @@ class DeepLatentMoM:
         """
         from dlmom_rs.engine.backend import Engine
 
-        single = isinstance(experts, str | os.PathLike)
-        names = [os.fspath(e) for e in ([experts] if single else experts)]  # type: ignore[list-item, union-attr]
+        if isinstance(experts, str | os.PathLike):
+            experts = [experts]
+        names = [os.fspath(expert) for expert in experts]
         models = list(dict.fromkeys(names))
         engine = Engine.load(
             models,
@@ -162,9 +163,7 @@ class DeepLatentMoM:
             for index, prompt in enumerate(items)
         ]
         merged = _merge(self.default_config(), config or {})
-        answer = _core.generate(
-            self._engine, json.dumps(merged), json.dumps(jobs), 1, self._slots
-        )
+        answer = _core.generate(self._engine, json.dumps(merged), json.dumps(jobs), 1, self._slots)
         outcomes = {o["key"]["item_id"]: o for o in json.loads(answer)}
         results = [_result(outcomes[str(index)]) for index in range(len(items))]
         return results if many else results[0]

@@ -391,11 +391,11 @@ fn longest(
     Ok((longest.saturating_add(steps).min(context), first))
 }
 
-/// Seeds a cell runs with: one where nothing is drawn.
-pub(crate) fn seeds_of<'s>(experiment: &Experiment, seeds: &'s [u64]) -> &'s [u64] {
+/// Seeds a cell runs with: the first of the run where nothing is drawn.
+pub(crate) fn seeds_of(experiment: &Experiment, seeds: &[u64], first: u64) -> Vec<u64> {
     if experiment.is_deterministic() {
-        &seeds[..1]
+        vec![first]
     } else {
-        seeds
+        seeds.to_vec()
     }
 }

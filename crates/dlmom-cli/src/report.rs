@@ -44,7 +44,7 @@ pub(crate) fn dry_run(
     let mut rows = table(&["cell", "what", "items", "seeds", "samples"]);
     for cell in &selection.plan.cells {
         let id = &cell.experiment.id;
-        let seeds = seeds_of(&cell.experiment, &args.seeds).len();
+        let seeds = seeds_of(&cell.experiment, &args.seeds, 0).len();
         let items = selection.items.len();
         match &cell.kind {
             CellKind::Run => rows.add_row([

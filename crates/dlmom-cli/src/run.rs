@@ -161,7 +161,15 @@ fn cell(
             aside.display()
         ));
     }
-    let seeds = seeds_of(experiment, &args.seeds);
+    // A resumed run keeps its first seed, so that a deterministic cell is not run again under another name.
+    let first_seed = prepared
+        .dir
+        .manifest()
+        .seeds
+        .first()
+        .copied()
+        .unwrap_or(args.seeds[0]);
+    let seeds = seeds_of(experiment, &args.seeds, first_seed);
     let keys = seeds.iter().flat_map(|&seed| {
         prepared.items.iter().map(move |item| JobKey {
             item_id: item.id.clone(),
@@ -186,7 +194,6 @@ fn cell(
         .map(|i| i.id.as_str())
         .collect();
     let agents = prepared.backend.info().agents.len();
-    let first_seed = seeds[0];
     let bench = prepared.bench.clone();
     let mut jobs = todo.iter().filter_map(|key| {
         let item = items.get(key.item_id.as_str())?;
@@ -370,7 +377,7 @@ impl Selection {
     pub(crate) fn samples(&self, seeds: &[u64]) -> u64 {
         self.plan
             .runs()
-            .map(|experiment| (seeds_of(experiment, seeds).len() * self.items.len()) as u64)
+            .map(|experiment| (seeds_of(experiment, seeds, 0).len() * self.items.len()) as u64)
             .sum()
     }
 }

@@ -157,9 +157,16 @@ impl From<RunError> for CliError {
             RunError::Config(_) | RunError::Vocabulary { .. } | RunError::NoAgents => {
                 Self::Usage(error.to_string())
             }
-            RunError::Backend { ref source, .. } => Self::Failed(format!("{error}: {source}")),
+            // Exceptions of device libraries span lines; an error here is one.
+            RunError::Backend { ref source, .. } => {
+                Self::Failed(one_line(&format!("{error}: {source}")))
+            }
             RunError::Sink(source) => Self::Failed(source.to_string()),
             _ => Self::Failed(error.to_string()),
         }
     }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

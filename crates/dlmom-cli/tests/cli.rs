@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "test helpers")]
 
+use std::fmt::Write;
 use std::path::Path;
 
 use dlmom_cli::ExitStatus;
@@ -71,14 +72,15 @@ fn what_needs_python_says_so_in_one_line() {
 fn a_dry_run_needs_no_model() {
     let folder = tempfile::tempdir().unwrap();
     let rows = folder.path().join("rows.jsonl");
-    let lines: String = (0..40)
-        .map(|i| {
-            format!(
-                "{{\"question\": \"{i} + 1?\", \"answer\": \"#### {}\"}}\n",
-                i + 1
-            )
-        })
-        .collect();
+    let mut lines = String::new();
+    for i in 0..40 {
+        writeln!(
+            lines,
+            "{{\"question\": \"{i} + 1?\", \"answer\": \"#### {}\"}}",
+            i + 1
+        )
+        .unwrap();
+    }
     std::fs::write(&rows, lines).unwrap();
     let bench = format!("gsm8k:{}", rows.display());
     let done = call(&[
