@@ -16,10 +16,6 @@ fn percent(value: f64) -> String {
     format!("{:.1}", 100.0 * value)
 }
 
-fn optional(value: Option<f64>, digits: usize) -> String {
-    value.map_or_else(|| "-".into(), |v| format!("{v:.digits$}"))
-}
-
 fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
@@ -113,6 +109,74 @@ fn note(cell: &CellKind, summary: Option<&Summary>) -> String {
     }
 }
 
+const COLUMNS: [&str; 13] = [
+    "cell",
+    "n",
+    "seeds",
+    "acc % [95 % CI]",
+    "+-seed",
+    "flex %",
+    "d REF (p)",
+    "latent %",
+    "switches",
+    "steps",
+    "KL",
+    "B/step",
+    "note",
+];
+
+/// One row of the table; `-` where there is nothing to say.
+fn line(id: &str, kind: &CellKind, summary: Option<&Summary>) -> [String; COLUMNS.len()] {
+    let nothing = || "-".to_owned();
+    let Some(s) = summary else {
+        let mut empty = [(); COLUMNS.len()].map(|()| nothing());
+        id.clone_into(&mut empty[0]);
+        empty[COLUMNS.len() - 1] = note(kind, None);
+        return empty;
+    };
+    let accuracy = &s.accuracy;
+    let bytes = match (s.uplink.per_step, s.downlink.per_step) {
+        (Some(up), Some(down)) if up + down > 0.0 => format!("{up:.0}/{down:.0}"),
+        _ => nothing(),
+    };
+    [
+        id.to_owned(),
+        s.n.to_string(),
+        s.seeds.label(),
+        format!(
+            "{} [{}, {}]",
+            percent(accuracy.value),
+            percent(accuracy.ci.lo),
+            percent(accuracy.ci.hi)
+        ),
+        accuracy.seed_std.map_or_else(nothing, percent),
+        percent(s.accuracy_flexible.value),
+        s.versus_ref.as_ref().map_or_else(nothing, |p| {
+            format!(
+                "{:+.1} ({})",
+                100.0 * p.strict.delta,
+                p_value(p.strict.p_value)
+            )
+        }),
+        s.latent_coverage.map_or_else(nothing, percent),
+        format!("{:.0}/{:.0}", s.switches.p50, s.switches.p90),
+        format!("{:.1}", s.total_steps.value),
+        s.noise_kl
+            .filter(|kl| *kl > 0.0)
+            .map_or_else(nothing, |kl| format!("{kl:.3}")),
+        bytes,
+        note(kind, Some(s)),
+    ]
+}
+
+fn p_value(p: f64) -> String {
+    if p < 0.001 {
+        "<0.001".into()
+    } else {
+        format!("{p:.3}")
+    }
+}
+
 /// Prints the table of a finished run, why coverage is what it is, and what to do next.
 pub(crate) fn finished(
     out: &mut dyn Write,
@@ -120,68 +184,42 @@ pub(crate) fn finished(
     summaries: &HashMap<String, Summary>,
     dir: &RunDir,
 ) -> Result<(), CliError> {
-    let mut rows = table(&[
-        "cell",
-        "n",
-        "seeds",
-        "acc %",
-        "95 % CI",
-        "+-seed",
-        "flex %",
-        "d REF",
-        "p",
-        "latent %",
-        "switch p50/p90",
-        "steps",
-        "mass",
-        "KL",
-        "up B/step",
-        "down B/step",
-        "note",
-    ]);
-    for column in 1..16 {
-        if let Some(column) = rows.column_mut(column) {
+    let lines: Vec<[String; COLUMNS.len()]> = plan
+        .cells
+        .iter()
+        .map(|cell| {
+            line(
+                &cell.experiment.id,
+                &cell.kind,
+                summaries.get(&cell.experiment.id),
+            )
+        })
+        .collect();
+    // A column that says nothing in any row only makes the others harder to read.
+    let shown: Vec<usize> = (0..COLUMNS.len())
+        .filter(|&c| {
+            c == 0
+                || lines
+                    .iter()
+                    .any(|line| !matches!(line[c].as_str(), "-" | ""))
+        })
+        .collect();
+    let header: Vec<&str> = shown.iter().map(|&c| COLUMNS[c]).collect();
+    let mut rows = table(&header);
+    for line in &lines {
+        rows.add_row(shown.iter().map(|&c| line[c].as_str()));
+    }
+    for (place, &c) in shown.iter().enumerate() {
+        if (1..COLUMNS.len() - 1).contains(&c)
+            && let Some(column) = rows.column_mut(place)
+        {
             column.set_cell_alignment(CellAlignment::Right);
         }
-    }
-    for cell in &plan.cells {
-        let id = &cell.experiment.id;
-        let Some(s) = summaries.get(id) else {
-            let mut row = vec![id.clone()];
-            row.resize(16, "-".into());
-            row.push(note(&cell.kind, None));
-            rows.add_row(row);
-            continue;
-        };
-        let paired = s.versus_ref.as_ref();
-        rows.add_row([
-            id.clone(),
-            s.n.to_string(),
-            s.seeds.label(),
-            percent(s.accuracy.value),
-            format!(
-                "{} - {}",
-                percent(s.accuracy.ci.lo),
-                percent(s.accuracy.ci.hi)
-            ),
-            s.accuracy.seed_std.map_or_else(|| "-".into(), percent),
-            percent(s.accuracy_flexible.value),
-            paired.map_or_else(|| "-".into(), |p| format!("{:+.1}", 100.0 * p.strict.delta)),
-            paired.map_or_else(|| "-".into(), |p| format!("{:.2}", p.strict.p_value)),
-            s.latent_coverage.map_or_else(|| "-".into(), percent),
-            format!("{:.0}/{:.0}", s.switches.p50, s.switches.p90),
-            format!("{:.1}", s.total_steps.value),
-            optional(s.topk_mass, 4),
-            optional(s.noise_kl, 4),
-            optional(s.uplink.per_step, 0),
-            optional(s.downlink.per_step, 0),
-            note(&cell.kind, Some(s)),
-        ]);
     }
     writeln!(out, "{rows}")?;
     writeln!(
         out,
-        "acc: strict answers; CI: Wilson, over items; d REF: paired difference in points with exact McNemar p (uncorrected; `aggregate` adds Holm)"
+        "acc: strict answers, Wilson interval over items; flex: any answer found; d REF: paired difference in points, exact McNemar p (`aggregate` adds Holm);\nswitches: p50/p90 per sample; KL: of the noise, nats per latent step; B/step: uplink/downlink bytes"
     )?;
     diagnosis(out, plan, summaries)?;
     let root = dir.root().display();

@@ -35,11 +35,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Every digit is a token of its own. Operators keep both their spaces, a word keeps the one before a
-# number, and a full stop the blank after it: that saves a fifth of all tokens.
+# Qwen2's own way of cutting text, every digit apart. Another would be cheaper here, but
+# transformers builds this one for every Qwen2 checkpoint, whatever its tokenizer.json says.
 PIECES = (
-    r" [-+*/=] |#### ?|\p{N}|\.[ \n]| ?\p{L}+ (?=\p{N})| ?\p{L}+"
-    r"| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 _SYSTEM_OPENINGS = (
@@ -79,7 +79,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "tiny-math": Recipe(
         seed=11, hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, rows=496,
-        examples=120_000, mix={"math": 100},
+        examples=130_000, mix={"math": 100},
     ),
     "tiny-general": Recipe(
         seed=12, hidden=160, layers=4, heads=5, kv_heads=1, mlp=416, rows=512,
@@ -89,8 +89,16 @@ RECIPES: dict[str, Recipe] = {
 
 
 def train_tokenizer() -> Tokenizer:
-    """The byte-level BPE that all experts share; any text encodes and decodes unchanged."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    """The byte-level BPE that all experts share; any NFC text encodes and decodes unchanged."""
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
 
     texts = ["".join(chr(c) for c in range(32, 127)), *_SYSTEM_OPENINGS, *_SYSTEM_ENDINGS]
     counts: tuple[tuple[Kind, int], ...] = (
@@ -101,6 +109,7 @@ def train_tokenizer() -> Tokenizer:
             texts.append(f"user\n{item.question}")
             texts.append(f"assistant\n{item.answer}")
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
@@ -123,7 +132,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": END,
         "pad_token": END_OF_TEXT,
         "additional_special_tokens": [START, END],
