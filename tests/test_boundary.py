@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dlmom_rs
 import pytest
+
+import dlmom_rs
 from dlmom_rs import DeepLatentMoM, _core
 
 

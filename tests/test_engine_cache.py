@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
 from dlmom_rs.engine import selftest
 from dlmom_rs.engine.backend import Engine
 from dlmom_rs.engine.cache import RowSlotLayer
@@ -29,10 +34,6 @@ from dlmom_rs.engine.testing import (
     span,
     step,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 VOCAB = 266
 SIZES: dict[str, Any] = {

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from dlmom_rs.engine import embed as module
-from dlmom_rs.engine.embed import embed, one_hot_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from dlmom_rs.engine import embed as module
+from dlmom_rs.engine.embed import embed, one_hot_rows
 
 CPU = torch.device("cpu")
 ROWS = 300

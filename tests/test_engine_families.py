@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
 from dlmom_rs.engine.backend import Engine
 from dlmom_rs.engine.errors import ModelError
 from dlmom_rs.engine.testing import advance, load, prefill, printed, save_model
-from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 BASE: dict[str, Any] = {

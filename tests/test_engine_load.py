@@ -12,6 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers
+
 from dlmom_rs.engine import device, experts
 from dlmom_rs.engine.errors import ModelError, WeightsError
 from dlmom_rs.engine.testing import (
@@ -25,10 +30,6 @@ from dlmom_rs.engine.testing import (
     tiny_tokenizer,
 )
 from dlmom_rs.engine.vocab import build_vocabulary, byte_style
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers
 
 VOCAB = 266
 TEXT = "the thing\n in a café: 数 \t\x00 🙂"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from dlmom_rs.engine.testing import Packet, advance, load, prefill, printed
 
 MODELS = Path(os.environ.get("DLMOM_SHARED") or Path(__file__).parents[2] / "shared") / "models"

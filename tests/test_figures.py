@@ -15,11 +15,12 @@ import matplotlib as mpl
 import matplotlib.image
 import numpy as np
 import pytest
-from dlmom_rs import RunDataError
-from dlmom_rs.figures import draw_run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+from dlmom_rs import RunDataError
+from dlmom_rs.figures import draw_run
 
 NAMES = ("accuracy_vs_total_steps", "accuracy_vs_wallclock", "switch_count_cdf")
 Row = dict[str, Any]

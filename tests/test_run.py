@@ -352,8 +352,9 @@ def test_automatic_batch_size_is_recorded_and_kept_on_resume(dlmom: Call, tmp_pa
 
 def test_weights_with_nan_end_the_run_with_one_line(dlmom: Call, tmp_path: Path) -> None:
     import torch
-    from dlmom_rs import zoo
     from safetensors.torch import load_file, save_file
+
+    from dlmom_rs import zoo
 
     folder = tmp_path / "broken"
     shutil.copytree(zoo.path("tiny-math"), folder)

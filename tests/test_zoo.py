@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dlmom_rs import zoo
 from dlmom_rs.zoo import problems
 from dlmom_rs.zoo.problems import KINDS, Draws, Item, Kind
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 MODELS = [zoo.path(name) for name in zoo.names()]
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
