@@ -199,6 +199,13 @@ def test_missing_folders_of_aggregate_and_plot(dlmom: Call, tmp_path: Path) -> N
     assert "bare" in one_line(dlmom("aggregate", tmp_path / "bare"))
 
 
+def test_an_output_that_is_a_file_is_refused(dlmom: Call, tmp_path: Path) -> None:
+    file = tmp_path / "taken"
+    file.write_text("mine")
+    assert "not a folder" in one_line(dlmom(*RUN, "--model", "zoo:tiny-math", "--out", file))
+    assert file.read_text() == "mine"
+
+
 def test_dry_run_says_what_would_run_and_writes_nothing(dlmom: Call, tmp_path: Path) -> None:
     done = dlmom(
         "run", "--suite", "A1", "A2", "A3", "--experts", "zoo:tiny-math", "zoo:tiny-general",

@@ -90,6 +90,12 @@ pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliEr
             return Err(CliError::Usage(format!("{flag}: 0 leaves no item")));
         }
     }
+    if args.out.exists() && !args.out.is_dir() {
+        return Err(CliError::Usage(format!(
+            "--out: {} is not a folder",
+            args.out.display()
+        )));
+    }
     if args.threads == Some(0) {
         return Err(CliError::Usage("--threads: give at least 1".into()));
     }

@@ -9,8 +9,8 @@ use dlmom_core::{
 };
 use dlmom_runtime::{
     Backend, BackendError, EnsembleInfo, Feed, Job, JobKey, LaneId, LaneSpec, LoopConfig,
-    MemoryStats, MockBackend, ModelId, Outcome, PromptSource, Readout, Row, RunError, RunOptions,
-    RunStats, Sink, SlotId, Stop, run,
+    MemoryStats, MockBackend, ModelId, Outcome, Progress, PromptSource, Readout, Row, RunError,
+    RunOptions, RunStats, Sink, SlotId, Stop, run,
 };
 use proptest::prelude::*;
 
@@ -60,6 +60,7 @@ fn job(index: u32, agents: usize, length: u32) -> Job {
 #[derive(Default)]
 struct Collect {
     outcomes: Vec<Outcome>,
+    reports: u32,
     stop_after: Option<usize>,
     fail: bool,
 }
@@ -76,6 +77,11 @@ impl Sink for Collect {
         }
         self.outcomes.push(outcome);
         Ok(())
+    }
+
+    fn progress(&mut self, progress: &Progress) {
+        assert!(progress.active > 0);
+        self.reports += 1;
     }
 
     fn poll(&mut self) -> ControlFlow<()> {
@@ -264,6 +270,18 @@ fn certain_end_tokens_leave_latent_mode_and_end_the_sample() {
     );
     assert_eq!(o.trace.unwrap().reason.last(), Some(&Reason::EosCertain));
     assert_eq!(o.text, "");
+}
+
+#[test]
+fn progress_is_reported_at_most_ten_times_a_second() {
+    let mut sink = Collect::default();
+    let jobs = (0..300).map(|i| job(i, 2, 4));
+    let mut mock = MockBackend::hashed(2, 23, 2, 64);
+    let cfg = config(Gate::Threshold, 0.5);
+    let options = RunOptions::default();
+    let stats = run(&mut mock, &cfg, &options, &mut jobs.into_iter(), &mut sink).expect("runs");
+    assert!(stats.steps > 300);
+    assert!(f64::from(sink.reports) <= stats.wall_s * 10.0 + 1.0);
 }
 
 #[test]
