@@ -186,12 +186,29 @@ def tokenizer():  # type: ignore[no-untyped-def]
     return transformers.AutoTokenizer.from_pretrained(MODELS[0])
 
 
+def test_transformers_cuts_text_as_the_shipped_file_says(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    # transformers rebuilds the pipeline of a Qwen2 tokenizer instead of reading it, so a file with
+    # one of its own would silently be cut differently by every other reader.
+    tokenizers = pytest.importorskip("tokenizers")
+    plain = tokenizers.Tokenizer.from_file(str(MODELS[0] / "tokenizer.json"))
+    for kind in KINDS:
+        for item in problems.take(kind, "test", 30, seed=4):
+            text = f"<|im_start|>user\n{item.question}<|im_end|>\n{item.answer}"
+            assert tokenizer.encode(text, add_special_tokens=False) == plain.encode(text).ids
+
+
 @settings(max_examples=150, deadline=None)
 @given(text=st.text())
 def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:  # type: ignore[no-untyped-def]
+    text = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert all(0 <= i < 491 for i in ids)
+
+
+@given(text=st.text(alphabet=st.characters(min_codepoint=0, max_codepoint=255)))
+def test_normalisation_leaves_latin_text_alone(tokenizer, text: str) -> None:  # type: ignore[no-untyped-def]
+    assert tokenizer.backend_tokenizer.normalizer.normalize_str(text) == text
 
 
 @settings(deadline=None)
@@ -287,9 +304,8 @@ def test_generated_code_is_judged_by_its_syntax_tree() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind", "least"),
-    [("tiny-math", "math", 31), ("tiny-general", "math", 25), ("tiny-general", "code", 30),
-     ("tiny-general", "choice", 28), ("tiny-general", "lookup", 28)],
-)  # fmt: skip
+    [("tiny-math", "math", 31), ("tiny-general", "math", 25), ("tiny-general", "code", 30)],
+)
 def test_the_experts_solve_held_out_problems(name: str, kind: Kind, least: int) -> None:
     torch = pytest.importorskip("torch")
     from dlmom_rs.zoo.evaluate import correct, generate, held_out, load
@@ -299,3 +315,15 @@ def test_the_experts_solve_held_out_problems(name: str, kind: Kind, least: int) 
     texts = generate(model, tokenizer, [item.question for item in items], batch=40)
     right = sum(correct(item, text) for item, text in zip(items, texts, strict=True))
     assert least <= right
+
+
+@pytest.mark.parametrize("kind", ["choice", "lookup"])
+def test_the_general_expert_knows_the_form_of_choice_and_lookup_answers(kind: Kind) -> None:
+    # Its card says that it has learned their form and hardly their substance.
+    torch = pytest.importorskip("torch")
+    from dlmom_rs.zoo.evaluate import generate, held_out, load
+
+    items = held_out(kind, 20)
+    model, tokenizer = load(zoo.path("tiny-general"), torch.float32)
+    texts = generate(model, tokenizer, [item.question for item in items], batch=20)
+    assert sum(problems.final_answer(text) is not None for text in texts) >= 18

@@ -7,6 +7,7 @@ cards for times. With the same arguments, versions and thread count the result i
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -59,7 +60,8 @@ _SYSTEM_ENDINGS = (
 class Recipe:
     """What one expert is made of. ``rows`` is the padded height of its embedding matrix.
 
-    ``mix`` gives, for each kind of problem, its parts of the training examples.
+    ``mix`` gives, for each kind of problem, its parts of the training examples. ``temperature``
+    is folded into the saved checkpoint by :func:`soften`.
     """
 
     seed: int
@@ -74,6 +76,7 @@ class Recipe:
     learning_rate: float = 3e-3
     matrix_rate: float = 8e-3
     batch: int = 64
+    temperature: float = 2.0
 
 
 RECIPES: dict[str, Recipe] = {
@@ -331,16 +334,27 @@ def train(
             )
             running = 0.0
         if save_minutes and time.monotonic() - saved > 60 * save_minutes:
-            save_model(average.module, folder)
+            save_model(soften(average.module, recipe.temperature), folder)
             saved = time.monotonic()
-    save_model(model, folder)
+    save_model(soften(model, recipe.temperature), folder)
     print(f"{name}: wrote {folder} after {time.monotonic() - began:.0f} s", flush=True)
+
+
+def soften(model: Any, temperature: float) -> Any:
+    """A copy of ``model`` whose logits are divided by ``temperature``, through the final norm.
+
+    Generated solutions have one wording, so a trained expert is certain at nearly every step and a
+    mode controller has nothing to act on. The most probable token stays the same; with a power of
+    two every logit is exact, so greedy text does not change by a bit.
+    """
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.model.norm.weight /= temperature
+    return copied
 
 
 def save_model(model: Any, folder: Path) -> None:
     """Write a bfloat16 copy of ``model`` with its configurations to ``folder``."""
-    import copy
-
     from transformers import GenerationConfig
 
     small = copy.deepcopy(model).to(torch.bfloat16)
