@@ -76,7 +76,7 @@ class Recipe:
     learning_rate: float = 3e-3
     matrix_rate: float = 8e-3
     batch: int = 64
-    temperature: float = 2.0
+    temperature: float = 1.6
 
 
 RECIPES: dict[str, Recipe] = {
@@ -344,8 +344,7 @@ def soften(model: Any, temperature: float) -> Any:
     """A copy of ``model`` whose logits are divided by ``temperature``, through the final norm.
 
     Generated solutions have one wording, so a trained expert is certain at nearly every step and a
-    mode controller has nothing to act on. The most probable token stays the same; with a power of
-    two every logit is exact, so greedy text does not change by a bit.
+    mode controller has nothing to act on. The most probable token stays the same up to rounding.
     """
     copied = copy.deepcopy(model)
     with torch.no_grad():
