@@ -2,10 +2,13 @@
 
 use std::fmt;
 
+use crate::compact::{MAX_RICE, MAX_SCALE};
+use crate::embed::MAX_EMBED;
 use crate::packet::{MAX_K, MAX_VOCAB};
+use crate::scalar::Scalar;
 use crate::transcript::MAX_TRANSCRIPT_PACKETS;
 
-/// Why values do not form a [`BeliefPacket`](crate::BeliefPacket), or could not be encoded.
+/// Why values do not form a [`BeliefPacket`](crate::BeliefPacket), or a payload could not be encoded.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PacketError {
@@ -17,7 +20,7 @@ pub enum PacketError {
         /// Number of probabilities given.
         probs: usize,
     },
-    /// A packet holds at least one entry.
+    /// A packet, and a dense belief, holds at least one entry.
     #[error("a packet needs at least one entry")]
     KZero,
     /// More entries than the format allows.
@@ -94,6 +97,33 @@ pub enum PacketError {
         /// The value.
         mass: f32,
     },
+    /// An embedding without values.
+    #[error("an embedding needs at least one value")]
+    WidthZero,
+    /// An embedding wider than the format allows.
+    #[error("{width} values, the limit is {MAX_EMBED}")]
+    WidthOverLimit {
+        /// Number of values given.
+        width: usize,
+    },
+    /// A NaN or infinite value in an embedding.
+    #[error("value {index} is {value}, which is not finite")]
+    ValueNotFinite {
+        /// Position of the value.
+        index: usize,
+        /// The value.
+        value: f32,
+    },
+    /// A value of an embedding that the type on the wire would round to infinity.
+    #[error("value {index} is {value}, too large for {scalar}")]
+    ValueOverflow {
+        /// Position of the value.
+        index: usize,
+        /// The value.
+        value: f32,
+        /// The type on the wire.
+        scalar: Scalar,
+    },
     /// The output buffer could not grow; it is left as it was.
     #[error("no memory for {bytes} more bytes of output")]
     OutOfMemory {
@@ -102,15 +132,19 @@ pub enum PacketError {
     },
 }
 
-/// A part of an encoded packet, for [`DecodeError::Truncated`].
+/// A part of an encoded payload, for [`DecodeError::Truncated`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Part {
     /// The fixed header.
     Header,
+    /// Scale and Rice parameter of the compact encoding.
+    Params,
     /// The token ids.
     Ids,
     /// The probabilities.
     Probs,
+    /// The values of an embedding.
+    Values,
     /// The CRC-32.
     Checksum,
 }
@@ -119,14 +153,16 @@ impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Header => "header",
+            Self::Params => "compact parameters",
             Self::Ids => "ids",
             Self::Probs => "probabilities",
+            Self::Values => "values",
             Self::Checksum => "checksum",
         })
     }
 }
 
-/// Why bytes are not an encoded packet.
+/// Why bytes are not an encoded packet, dense belief or embedding.
 ///
 /// `offset` is the byte position of the offending field, counted from the start of the slice given to the decoding
 /// function, of the stream given to [`PacketReader`](crate::PacketReader), or of the transcript.
@@ -146,10 +182,12 @@ pub enum DecodeError {
         available: usize,
     },
     /// These bytes are something else.
-    #[error("offset {offset}: not a belief packet, starts with {found:02x?}")]
+    #[error("offset {offset}: not {wanted}, starts with {found:02x?}")]
     BadMagic {
-        /// Where the packet should start.
+        /// Where the payload should start.
         offset: usize,
+        /// What was to be read.
+        wanted: &'static str,
         /// The four bytes found.
         found: [u8; 4],
     },
@@ -170,11 +208,21 @@ pub enum DecodeError {
         flags: u8,
     },
     /// A probability encoding that this crate does not know.
-    #[error("offset {offset}: unknown probability encoding {tag}")]
+    #[error("offset {offset}: unknown encoding {tag}")]
     UnknownEncoding {
         /// Where the tag is.
         offset: usize,
         /// Its value.
+        tag: u8,
+    },
+    /// A dense belief where a packet was to be read, or a packet where a dense belief was.
+    #[error("offset {offset}: not {wanted}, encoding {tag} is of the other kind")]
+    WrongKind {
+        /// Where the tag is.
+        offset: usize,
+        /// What was to be read.
+        wanted: &'static str,
+        /// The tag's value.
         tag: u8,
     },
     /// A byte that must be zero is not.
@@ -217,6 +265,46 @@ pub enum DecodeError {
         /// The vocabulary size.
         vocab: u32,
     },
+    /// A dense belief whose count is not the size of its vocabulary.
+    #[error("offset {offset}: k is {k}, a dense belief over {vocab} tokens has as many entries")]
+    KNotVocab {
+        /// Where k is.
+        offset: usize,
+        /// Its value.
+        k: u32,
+        /// The vocabulary size.
+        vocab: u32,
+    },
+    /// An embedding without values.
+    #[error("offset {offset}: width is zero")]
+    WidthZero {
+        /// Where the width is.
+        offset: usize,
+    },
+    /// An embedding wider than the format allows.
+    #[error("offset {offset}: width is {width}, the limit is {MAX_EMBED}")]
+    WidthOverLimit {
+        /// Where the width is.
+        offset: usize,
+        /// Its value.
+        width: u32,
+    },
+    /// A Rice parameter that no ids ask for.
+    #[error("offset {offset}: Rice parameter {rice}, the limit is {MAX_RICE}")]
+    RiceOverLimit {
+        /// Where the parameter is.
+        offset: usize,
+        /// Its value.
+        rice: u8,
+    },
+    /// The quotients of the gaps sum to more than ids of this vocabulary can reach.
+    #[error("offset {offset}: more than {limit} zero bits in the quotients of the ids")]
+    IdsOverrun {
+        /// Where the ids start.
+        offset: usize,
+        /// The most zero bits allowed.
+        limit: usize,
+    },
     /// The CRC-32 does not match the bytes before it.
     #[error("offset {offset}: checksum {stored:#010x}, the bytes give {computed:#010x}")]
     Checksum {
@@ -235,12 +323,20 @@ pub enum DecodeError {
         /// Its value.
         mass: f32,
     },
+    /// The mass of a dense belief is not 1.
+    #[error("offset {offset}: mass {mass}, a dense belief has 1")]
+    MassNotOne {
+        /// Where the mass is.
+        offset: usize,
+        /// Its value.
+        mass: f32,
+    },
     /// An id that the vocabulary does not have.
     #[error("offset {offset}: entry {index}: id {id} is outside the vocabulary of {vocab}")]
     IdOutOfRange {
-        /// Where the id is.
+        /// Where the id is; in the compact encoding, where the ids start.
         offset: usize,
-        /// Which entry.
+        /// Which entry, in the order of the ids on the wire.
         index: usize,
         /// The id.
         id: u32,
@@ -258,6 +354,46 @@ pub enum DecodeError {
         second: usize,
         /// The id.
         id: u32,
+    },
+    /// A bit behind the last id is set.
+    #[error("offset {offset}: bits behind the last id are set, the byte is {value:#04x}")]
+    PaddingNotZero {
+        /// Where the byte is.
+        offset: usize,
+        /// Its value.
+        value: u8,
+    },
+    /// Another Rice parameter, or a smaller one, writes these ids as short.
+    #[error(
+        "offset {offset}: Rice parameter {rice} is not the least that writes these ids shortest"
+    )]
+    RiceNotCanonical {
+        /// Where the parameter is.
+        offset: usize,
+        /// Its value.
+        rice: u8,
+    },
+    /// A scale finer than the format has.
+    #[error("offset {offset}: scale {scale}, the limit is {MAX_SCALE}")]
+    ScaleOverLimit {
+        /// Where the scale is.
+        offset: usize,
+        /// Its value.
+        scale: u8,
+    },
+    /// No entry has code 0, the largest probability.
+    #[error("offset {offset}: no probability has code 0")]
+    TopMissing {
+        /// Where the codes start.
+        offset: usize,
+    },
+    /// A finer scale has room for these codes.
+    #[error("offset {offset}: scale {scale} is coarser than these codes need")]
+    ScaleNotCanonical {
+        /// Where the scale is.
+        offset: usize,
+        /// Its value.
+        scale: u8,
     },
     /// A NaN or infinite probability.
     #[error("offset {offset}: entry {index}: probability {prob} is not finite")]
@@ -314,14 +450,65 @@ pub enum DecodeError {
         /// The deviation allowed.
         tolerance: f64,
     },
-    /// Bytes after the packet where there must be none.
-    #[error("offset {offset}: the packet ends here, {count} more byte(s) follow")]
+    /// A NaN or infinite value in an embedding.
+    #[error("offset {offset}: value {index} is {value}, which is not finite")]
+    ValueNotFinite {
+        /// Where the value is.
+        offset: usize,
+        /// Its position.
+        index: usize,
+        /// It.
+        value: f32,
+    },
+    /// Bytes after the payload where there must be none.
+    #[error("offset {offset}: the payload ends here, {count} more byte(s) follow")]
     TrailingBytes {
-        /// Where the packet ends.
+        /// Where the payload ends.
         offset: usize,
         /// Bytes left over.
         count: usize,
     },
+}
+
+/// The place of `offset` in a [`DecodeError`], shared or exclusive.
+macro_rules! offset_in {
+    ($error:expr) => {
+        match $error {
+            Self::Truncated { offset, .. }
+            | Self::BadMagic { offset, .. }
+            | Self::UnsupportedVersion { offset, .. }
+            | Self::UnknownFlags { offset, .. }
+            | Self::UnknownEncoding { offset, .. }
+            | Self::WrongKind { offset, .. }
+            | Self::ReservedNotZero { offset, .. }
+            | Self::VocabOverLimit { offset, .. }
+            | Self::KZero { offset, .. }
+            | Self::KOverLimit { offset, .. }
+            | Self::KOverVocab { offset, .. }
+            | Self::KNotVocab { offset, .. }
+            | Self::WidthZero { offset, .. }
+            | Self::WidthOverLimit { offset, .. }
+            | Self::RiceOverLimit { offset, .. }
+            | Self::IdsOverrun { offset, .. }
+            | Self::Checksum { offset, .. }
+            | Self::MassOutOfRange { offset, .. }
+            | Self::MassNotOne { offset, .. }
+            | Self::IdOutOfRange { offset, .. }
+            | Self::DuplicateId { offset, .. }
+            | Self::PaddingNotZero { offset, .. }
+            | Self::RiceNotCanonical { offset, .. }
+            | Self::ScaleOverLimit { offset, .. }
+            | Self::TopMissing { offset, .. }
+            | Self::ScaleNotCanonical { offset, .. }
+            | Self::ProbNotFinite { offset, .. }
+            | Self::ProbNegative { offset, .. }
+            | Self::ProbAboveOne { offset, .. }
+            | Self::WrongOrder { offset, .. }
+            | Self::SumOff { offset, .. }
+            | Self::ValueNotFinite { offset, .. }
+            | Self::TrailingBytes { offset, .. } => offset,
+        }
+    };
 }
 
 impl DecodeError {
@@ -331,28 +518,43 @@ impl DecodeError {
         match self {
             Self::Truncated { part, .. } => match part {
                 Part::Header => "truncated_header",
+                Part::Params => "truncated_params",
                 Part::Ids => "truncated_ids",
                 Part::Probs => "truncated_probs",
+                Part::Values => "truncated_values",
                 Part::Checksum => "truncated_checksum",
             },
             Self::BadMagic { .. } => "bad_magic",
             Self::UnsupportedVersion { .. } => "unsupported_version",
             Self::UnknownFlags { .. } => "unknown_flags",
             Self::UnknownEncoding { .. } => "unknown_encoding",
+            Self::WrongKind { .. } => "wrong_kind",
             Self::ReservedNotZero { .. } => "reserved_not_zero",
             Self::VocabOverLimit { .. } => "vocab_over_limit",
             Self::KZero { .. } => "k_zero",
             Self::KOverLimit { .. } => "k_over_limit",
             Self::KOverVocab { .. } => "k_over_vocab",
+            Self::KNotVocab { .. } => "k_not_vocab",
+            Self::WidthZero { .. } => "width_zero",
+            Self::WidthOverLimit { .. } => "width_over_limit",
+            Self::RiceOverLimit { .. } => "rice_over_limit",
+            Self::IdsOverrun { .. } => "ids_overrun",
             Self::Checksum { .. } => "checksum",
             Self::MassOutOfRange { .. } => "mass_out_of_range",
+            Self::MassNotOne { .. } => "mass_not_one",
             Self::IdOutOfRange { .. } => "id_out_of_range",
             Self::DuplicateId { .. } => "duplicate_id",
+            Self::PaddingNotZero { .. } => "padding_not_zero",
+            Self::RiceNotCanonical { .. } => "rice_not_canonical",
+            Self::ScaleOverLimit { .. } => "scale_over_limit",
+            Self::TopMissing { .. } => "top_missing",
+            Self::ScaleNotCanonical { .. } => "scale_not_canonical",
             Self::ProbNotFinite { .. } => "prob_not_finite",
             Self::ProbNegative { .. } => "prob_negative",
             Self::ProbAboveOne { .. } => "prob_above_one",
             Self::WrongOrder { .. } => "wrong_order",
             Self::SumOff { .. } => "sum_off",
+            Self::ValueNotFinite { .. } => "value_not_finite",
             Self::TrailingBytes { .. } => "trailing_bytes",
         }
     }
@@ -360,28 +562,15 @@ impl DecodeError {
     /// The byte position of the offending field.
     #[must_use]
     pub fn offset(&self) -> usize {
-        match *self {
-            Self::Truncated { offset, .. }
-            | Self::BadMagic { offset, .. }
-            | Self::UnsupportedVersion { offset, .. }
-            | Self::UnknownFlags { offset, .. }
-            | Self::UnknownEncoding { offset, .. }
-            | Self::ReservedNotZero { offset, .. }
-            | Self::VocabOverLimit { offset, .. }
-            | Self::KZero { offset }
-            | Self::KOverLimit { offset, .. }
-            | Self::KOverVocab { offset, .. }
-            | Self::Checksum { offset, .. }
-            | Self::MassOutOfRange { offset, .. }
-            | Self::IdOutOfRange { offset, .. }
-            | Self::DuplicateId { offset, .. }
-            | Self::ProbNotFinite { offset, .. }
-            | Self::ProbNegative { offset, .. }
-            | Self::ProbAboveOne { offset, .. }
-            | Self::WrongOrder { offset, .. }
-            | Self::SumOff { offset, .. }
-            | Self::TrailingBytes { offset, .. } => offset,
-        }
+        *offset_in!(self)
+    }
+
+    /// The same error with its offset counted from `by` bytes further in front: how a payload's error becomes one of
+    /// the file that holds it.
+    #[must_use]
+    pub fn shifted(mut self, by: usize) -> Self {
+        *offset_in!(&mut self) += by;
+        self
     }
 }
 
@@ -494,5 +683,5 @@ pub enum TranscriptError {
 
 /// A name that is no probability encoding, from parsing an [`Encoding`](crate::Encoding).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown packet encoding {0:?}, expected one of f32, f16, bf16")]
+#[error("unknown packet encoding {0:?}, expected one of f32, f16, bf16, compact")]
 pub struct UnknownEncodingName(pub String);

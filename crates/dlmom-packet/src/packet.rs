@@ -235,7 +235,7 @@ pub(crate) fn sum(probs: &[f32]) -> f64 {
 }
 
 /// Divides by `sum` if that is further than [`NORM_SLACK`] from 1, and says whether it did.
-fn renormalise(probs: &mut [f32], sum: f64) -> bool {
+pub(crate) fn renormalise(probs: &mut [f32], sum: f64) -> bool {
     let divide = (sum - 1.0).abs() > NORM_SLACK;
     for prob in probs {
         // Within the slack a single value may still be a little above 1.

@@ -3,7 +3,7 @@
 use crate::error::{PacketError, TranscriptError};
 use crate::packet::{BeliefPacket, MAX_VOCAB};
 use crate::wire::{
-    Encoding, MIN_PACKET_BYTES, Meta, VERSION, decode_at, encode_into, encoded_len, field,
+    Encoding, MIN_PACKET_BYTES, Meta, VERSION, decode_at, encode_into, field, packet_len,
 };
 
 /// The first four bytes of every encoded transcript, "DLTR".
@@ -131,11 +131,7 @@ impl Transcript {
     /// Length in bytes of the encoded transcript: what a link is charged for it.
     #[must_use]
     pub fn encoded_len(&self, encoding: Encoding) -> usize {
-        let packets: usize = self
-            .packets
-            .iter()
-            .map(|p| encoded_len(p.k(), encoding))
-            .sum();
+        let packets: usize = self.packets.iter().map(|p| packet_len(p, encoding)).sum();
         TRANSCRIPT_HEADER_LEN + packets
     }
 

@@ -1,12 +1,13 @@
 //! The corpus in `tests/attacks`: bytes made to hurt a decoder, each with the error that must answer it.
 //!
-//! A file is hexadecimal with `#` comments; `# expect: NAME` and `# offset: N` say what the decoder must answer.
+//! A file is hexadecimal with `#` comments; `# expect: NAME` and `# offset: N` say what the decoder must answer, and
+//! `# kind: dense` or `# kind: embed` which decoder where it is not the one of packets.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use dlmom_packet::decode_exact;
+use dlmom_packet::{decode_dense_exact, decode_embed_exact, decode_exact};
 
 use crate::support::unhex;
 
@@ -20,18 +21,23 @@ fn every_attack_gets_the_expected_answer() {
         let header = |key: &str| {
             text.lines()
                 .find_map(|line| line.strip_prefix(key))
-                .unwrap()
-                .trim()
+                .map(str::trim)
         };
-        let error = decode_exact(&unhex(&text)).unwrap_err();
+        let bytes = unhex(&text);
+        let error = match header("# kind:") {
+            None => decode_exact(&bytes).unwrap_err(),
+            Some("dense") => decode_dense_exact(&bytes).unwrap_err(),
+            Some("embed") => decode_embed_exact(&bytes).unwrap_err(),
+            Some(kind) => panic!("{}: kind {kind}", path.display()),
+        };
         assert_eq!(
-            error.name(),
+            Some(error.name()),
             header("# expect:"),
             "{}: {error}",
             path.display()
         );
         assert_eq!(
-            error.offset().to_string(),
+            Some(error.offset().to_string().as_str()),
             header("# offset:"),
             "{}: {error}",
             path.display()

@@ -7,7 +7,10 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
-use dlmom_packet::{BeliefPacket, Encoding, MAX_VOCAB, Meta, Transcript, decode_exact, encode};
+use dlmom_packet::{
+    BeliefPacket, Encoding, MAX_VOCAB, Meta, Scalar, Transcript, decode_dense_exact,
+    decode_embed_exact, decode_exact, encode, encode_dense_into, encode_embed_into,
+};
 
 use crate::support::{META, example, hex, packet};
 
@@ -37,6 +40,20 @@ fn cases() -> Vec<(&'static str, BeliefPacket, Meta)> {
         (4, 0.25 + 3.0 * power(-13.0)),
         (2, 0.25 - 3.0 * power(-13.0) - power(-12.0)),
     ];
+    // Falling weights over ids that crowd at the low end.
+    let zipf: Vec<(u32, f32)> = (1..=50_u32)
+        .map(|rank| (rank * rank * rank * 977 % 151_665, 1.0 / rank as f32))
+        .collect();
+    let zipf = normalised(&zipf);
+    // Nearly uniform, for the finest scale; and over forty orders, for the floor of the coarsest.
+    let flat: Vec<(u32, f32)> = (0..32_u32)
+        .map(|i| (i * 4_001, 1.0 + i as f32 / 1024.0))
+        .collect();
+    let flat = normalised(&flat);
+    let wide: Vec<(u32, f32)> = (0..40_u32)
+        .map(|i| (39 - i, power(-3.3 * i as f32)))
+        .collect();
+    let wide = normalised(&wide);
     let extremes = Meta {
         fingerprint: u64::MAX,
         step: u32::MAX,
@@ -67,7 +84,63 @@ fn cases() -> Vec<(&'static str, BeliefPacket, Meta)> {
         ),
         ("bf16_halfway", packet(&halfway, 0.9, 10), META),
         ("f16_halfway", packet(&f16_halfway, 0.9, 10), META),
+        ("zipf", packet(&zipf, 0.8, 151_665), META),
+        ("flat", packet(&flat, 0.1, 151_665), META),
+        ("wide", packet(&wide, 0.9, 40), META),
     ]
+}
+
+fn normalised(weights: &[(u32, f32)]) -> Vec<(u32, f32)> {
+    let sum: f32 = weights.iter().map(|entry| entry.1).sum();
+    weights.iter().map(|&(id, w)| (id, w / sum)).collect()
+}
+
+fn render_payloads(text: &mut String) {
+    let uneven: Vec<f32> = (0..60_u32).map(|i| (i * 7 % 60 + 1) as f32).collect();
+    let sum: f32 = uneven.iter().sum();
+    let uneven: Vec<f32> = uneven.iter().map(|w| w / sum).collect();
+    let dense: [(&str, &[f32]); 4] = [
+        ("certain", &[1.0]),
+        ("example", &[0.0, 0.25, 0.5, 0.25]),
+        ("thirds", &[1.0 / 3.0; 3]),
+        ("uneven", &uneven),
+    ];
+    let embed: [(&str, &[f32]); 2] = [
+        ("one", &[-0.0]),
+        ("mixed", &[0.1, -1.5, 65_504.0, 1e-7, 3.0e-39, -2.0 / 3.0]),
+    ];
+    let case = |name: &str, scalar: Scalar, bytes: &[u8], source: &[f32], values: &[f32]| {
+        format!(
+            "    {{\n      \"name\": \"{name}\",\n      \"encoding\": \"{scalar}\",\n      \"hex\": \"{}\",\n      \
+             \"fingerprint\": \"{:016x}\",\n      \"step\": {},\n      \"source\": {},\n      \"values\": {}\n    }}",
+            hex(bytes),
+            META.fingerprint,
+            META.step,
+            bits(source),
+            bits(values)
+        )
+    };
+    let (mut denses, mut embeds) = (Vec::new(), Vec::new());
+    for scalar in Scalar::ALL {
+        for (name, probs) in dense {
+            let mut bytes = Vec::new();
+            encode_dense_into(probs, META, scalar, &mut bytes).unwrap();
+            let decoded = decode_dense_exact(&bytes).unwrap();
+            denses.push(case(name, scalar, &bytes, probs, &decoded.probs));
+        }
+        for (name, values) in embed {
+            let mut bytes = Vec::new();
+            encode_embed_into(values, scalar, META, &mut bytes).unwrap();
+            let decoded = decode_embed_exact(&bytes).unwrap();
+            embeds.push(case(name, scalar, &bytes, values, &decoded.values));
+        }
+    }
+    let _ = write!(
+        text,
+        ",\n  \"dense\": [\n{}\n  ],\n  \"embeds\": [\n{}\n  ]",
+        denses.join(",\n"),
+        embeds.join(",\n")
+    );
 }
 
 fn bits(values: &[f32]) -> String {
@@ -126,11 +199,14 @@ fn render() -> String {
             )
         })
         .collect();
-    format!(
-        "{{\n  \"version\": 1,\n  \"packets\": [\n{}\n  ],\n  \"transcripts\": [\n{}\n  ]\n}}\n",
+    let mut text = format!(
+        "{{\n  \"version\": 1,\n  \"packets\": [\n{}\n  ],\n  \"transcripts\": [\n{}\n  ]",
         vectors.join(",\n"),
         transcripts.join(",\n")
-    )
+    );
+    render_payloads(&mut text);
+    text.push_str("\n}\n");
+    text
 }
 
 #[test]

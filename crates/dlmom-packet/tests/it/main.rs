@@ -4,9 +4,13 @@
 #[cfg(test)]
 mod attacks;
 #[cfg(test)]
+mod compact;
+#[cfg(test)]
 mod golden;
 #[cfg(test)]
 mod packet;
+#[cfg(test)]
+mod payloads;
 #[cfg(test)]
 mod properties;
 #[cfg(test)]

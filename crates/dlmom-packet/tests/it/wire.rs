@@ -3,7 +3,7 @@
 use dlmom_packet::{
     BeliefPacket, DecodeError, Encoding, MAX_K, MAX_PACKET_BYTES, MAX_VOCAB, MIN_PACKET_BYTES,
     Meta, PacketReader, UnknownEncodingName, decode, decode_exact, encode, encode_into,
-    encoded_len,
+    encoded_len, max_encoded_len, packet_len,
 };
 
 use crate::support::{META, example, packet, patched, unhex};
@@ -41,7 +41,9 @@ fn readme_states_the_limits() {
         format!("| `MAX_K` | 2^20 = {MAX_K} |"),
         format!("| `MAX_VOCAB` | 2^24 = {MAX_VOCAB} |"),
         format!("= {} |", dlmom_packet::MAX_TRANSCRIPT_PACKETS),
+        format!("| `MAX_EMBED` | 2^20 = {} |", dlmom_packet::MAX_EMBED),
         format!("= {MAX_PACKET_BYTES} bytes |"),
+        format!("= {} bytes |", dlmom_packet::MAX_DENSE_BYTES),
     ] {
         assert!(readme.contains(&line), "{line}");
     }
@@ -52,11 +54,25 @@ fn lengths_are_those_of_the_bytes() {
     for encoding in Encoding::ALL {
         for k in [1_u32, 2, 3, 64] {
             let entries: Vec<_> = (0..k).map(|id| (id, 1.0 / k as f32)).collect();
-            let bytes = encode(&packet(&entries, 1.0, 64), META, encoding).unwrap();
-            assert_eq!(bytes.len(), encoded_len(k as usize, encoding));
+            let packet = packet(&entries, 1.0, 64);
+            let bytes = encode(&packet, META, encoding).unwrap();
+            assert_eq!(bytes.len(), packet_len(&packet, encoding));
+            assert_eq!(
+                encoding.fixed_len(k as usize).unwrap_or(bytes.len()),
+                bytes.len()
+            );
+            assert!(bytes.len() <= max_encoded_len(k as usize, 64, encoding));
+            assert!(bytes.len() <= encoded_len(k as usize, encoding));
         }
     }
-    assert_eq!(MIN_PACKET_BYTES, 42);
+    let shortest = encode(
+        &BeliefPacket::one_hot(0, 1).unwrap(),
+        META,
+        Encoding::Compact,
+    );
+    assert_eq!(shortest.unwrap().len(), MIN_PACKET_BYTES);
+    assert_eq!(encoded_len(50, Encoding::F32), 436);
+    assert_eq!(max_encoded_len(50, 151_665, Encoding::Compact), 173);
 }
 
 #[test]
@@ -145,6 +161,7 @@ fn each_corrupted_field_has_its_error() {
         ("flags", patched(&f32s, 5, &[0x80])),
         ("encoding 0", patched(&f32s, 6, &[0])),
         ("encoding compact", patched(&f32s, 6, &[4])),
+        ("encoding 8", patched(&f32s, 6, &[8])),
         ("encoding dense", patched(&f32s, 6, &[5])),
         ("reserved", patched(&f32s, 7, &[1])),
         (
