@@ -376,8 +376,8 @@ def test_calls_are_checked_before_anything_moves(engine: Engine) -> None:
         "outside the vocabulary": (0, [], step({0: [(1, 1.0)], 1: [(VOCAB, 1.0)]})),
         "no open lane": (0, [], step({1: [(1, 1.0)], 2: [(1, 1.0)]})),
         "outside 0..": (0, [], step({1: [(1, 1.0)], 99: [(1, 1.0)]})),
-        "need 8 bytes": (0, [(1, ids, probs, 2, k)], None),
-        "at least one row": (0, [(1, ids, probs, 0, k)], None),
+        "need 8 bytes": (0, [(1, ids, probs, 2, k, None)], None),
+        "at least one row": (0, [(1, ids, probs, 0, k, None)], None),
         "agent 4 is outside": (4, [], None),
     }
     for message, call in bad.items():

@@ -4,12 +4,24 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dlmom_core::AlphaUnit;
+use dlmom_runtime::{Support, WireEncoding};
+
+use crate::completions::CompletionsArgs;
+use crate::doctor::DoctorArgs;
+use crate::generate::GenerateArgs;
+use crate::list::ListArgs;
+use crate::packet::PacketArgs;
+use crate::replay::ReplayArgs;
+use crate::schema::SchemaArgs;
+use crate::show::ShowArgs;
+use crate::validate::ValidateArgs;
 
 /// Deep-Latent Mixture of Models: frozen language models that reason together in latent space.
 #[derive(Debug, Parser)]
 #[command(
     name = "dlmom-rs",
     version,
+    long_version = crate::build::LONG_VERSION,
     arg_required_else_help = true,
     max_term_width = 100
 )]
@@ -28,6 +40,33 @@ pub enum Command {
     Aggregate(AggregateArgs),
     /// Draw the figures of a run from its raw files.
     Plot(PlotArgs),
+    /// Answer a prompt and show how the experts came to it.
+    Generate(Box<GenerateArgs>),
+    /// Print one recorded sample's timeline.
+    Show(ShowArgs),
+    /// Decide the modes of recorded samples again, with other controller knobs.
+    Replay(Box<ReplayArgs>),
+    /// Inspect, write and read belief packets.
+    Packet(PacketArgs),
+    /// Check a run folder, a suites file or a packet file.
+    Validate(ValidateArgs),
+    /// List suites, experiments, benchmarks and experts.
+    List(ListArgs),
+    /// Say what this machine has and what is missing.
+    Doctor(DoctorArgs),
+    /// Print the JSON schema of a file this program reads or writes.
+    Schema(SchemaArgs),
+    /// Print a completion script for a shell.
+    Completions(CompletionsArgs),
+}
+
+/// What computes the forwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackendKind {
+    /// The models, by the Python package.
+    Python,
+    /// No model: logits from a fixed function, whatever the words of --experts name.
+    Mock,
 }
 
 /// Where the forwards run.
@@ -114,6 +153,9 @@ pub struct RunArgs {
     /// Continue the run in --out: skip what is done, repair a torn last line.
     #[arg(long)]
     pub resume: bool,
+    /// What computes the forwards; mock needs no model and no Python, and its answers mean nothing.
+    #[arg(long, value_enum, default_value_t = BackendKind::Python)]
+    pub backend: BackendKind,
     /// Where the forwards run.
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     pub device: Device,
@@ -153,6 +195,12 @@ pub struct RunArgs {
     /// Unit of alpha.
     #[arg(long, value_parser = alpha_unit, value_name = "normalized|nats")]
     pub alpha_unit: Option<AlphaUnit>,
+    /// How packets and whole-vocabulary messages are written, for every cell that does not say.
+    #[arg(long, value_parser = encoding, value_name = "f32|f16|bf16|compact")]
+    pub encoding: Option<WireEncoding>,
+    /// What consensus sees of an agent, for every cell that does not say: every logit, or only its message.
+    #[arg(long, value_parser = support, value_name = "full|packet")]
+    pub support: Option<Support>,
     /// Say what would run, and stop.
     #[arg(long)]
     pub dry_run: bool,
@@ -199,6 +247,21 @@ pub struct PlotArgs {
     /// Folder of the figures [default: RUN/figs].
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// File formats.
+    #[arg(long, num_args = 1.., default_values_t = ["png".to_owned()], value_parser = ["png", "svg", "pdf"], value_name = "png|svg|pdf")]
+    pub format: Vec<String>,
+    /// Look of the figures: default, or paper for a single column in print.
+    #[arg(long, default_value = "default", value_parser = ["default", "paper"], value_name = "default|paper")]
+    pub style: String,
+    /// Draw the timeline of one recorded sample of this cell instead.
+    #[arg(long, value_name = "ID", requires = "item")]
+    pub trace: Option<String>,
+    /// The sample's item.
+    #[arg(long, value_name = "ITEM", requires = "trace")]
+    pub item: Option<String>,
+    /// The sample's seed [default: the first recorded].
+    #[arg(long, value_name = "SEED", requires = "trace")]
+    pub seed: Option<u64>,
 }
 
 fn batch_size(text: &str) -> Result<BatchSize, String> {
@@ -211,7 +274,25 @@ fn batch_size(text: &str) -> Result<BatchSize, String> {
     }
 }
 
-fn alpha_unit(text: &str) -> Result<AlphaUnit, String> {
+pub(crate) fn encoding(text: &str) -> Result<WireEncoding, String> {
+    match text {
+        "f32" => Ok(WireEncoding::F32),
+        "f16" => Ok(WireEncoding::F16),
+        "bf16" => Ok(WireEncoding::Bf16),
+        "compact" => Ok(WireEncoding::Compact),
+        _ => Err("give f32, f16, bf16 or compact".into()),
+    }
+}
+
+pub(crate) fn support(text: &str) -> Result<Support, String> {
+    match text {
+        "full" => Ok(Support::Full),
+        "packet" => Ok(Support::Packet),
+        _ => Err("give full or packet".into()),
+    }
+}
+
+pub(crate) fn alpha_unit(text: &str) -> Result<AlphaUnit, String> {
     match text {
         "normalized" => Ok(AlphaUnit::Normalized),
         "nats" => Ok(AlphaUnit::Nats),

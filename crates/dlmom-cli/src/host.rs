@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::display::Display;
+use crate::timeline::Timeline;
 
 /// Why a host could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,21 @@ pub struct EngineSpec {
     pub attention: Option<String>,
 }
 
+/// Which figures to draw.
+#[derive(Clone, Copy, Debug)]
+pub struct Figures<'a> {
+    /// Run folder.
+    pub run: &'a Path,
+    /// Folder of the figures.
+    pub out: &'a Path,
+    /// `png`, `svg`, `pdf`.
+    pub formats: &'a [String],
+    /// `default` or `paper`.
+    pub style: &'a str,
+    /// Cell, item and seed of a sample whose timeline is wanted instead.
+    pub trace: Option<(&'a str, &'a str, Option<u64>)>,
+}
+
 /// The surroundings of a command.
 pub trait Host {
     /// Loads an ensemble.
@@ -71,11 +87,37 @@ pub trait Host {
     /// Folder of the benchmarks shipped with the package.
     fn data_dir(&self) -> Option<PathBuf>;
 
-    /// Draws the figures of `run` into `out`; returns one line per figure made or left out.
+    /// The interpreter that runs what models wrote, for benchmarks of code; `None` leaves it to the `python3` on `PATH`.
+    fn python(&self) -> Option<PathBuf> {
+        None
+    }
+
+    /// Draws figures; returns one line per figure made or left out.
     ///
     /// # Errors
     /// See [`HostError`].
-    fn plot(&mut self, run: &Path, out: &Path) -> Result<Vec<String>, HostError>;
+    fn plot(&mut self, request: &Figures<'_>) -> Result<Vec<String>, HostError>;
+
+    /// Versions, devices, memory and data of this machine, with what is missing and how to get it.
+    ///
+    /// # Errors
+    /// See [`HostError`].
+    fn doctor(&mut self) -> Result<Value, HostError>;
+
+    /// Names of the shipped experts with a line on each.
+    fn experts(&mut self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    /// The live view of a timeline on standard output, where there is one.
+    fn timeline(&mut self) -> Option<Box<dyn Timeline>> {
+        None
+    }
+
+    /// Whether standard output is a terminal.
+    fn output_terminal(&self) -> bool {
+        std::io::IsTerminal::is_terminal(&std::io::stdout())
+    }
 
     /// The live display, where there is one.
     fn rich(&mut self) -> Option<Box<dyn Display>>;
@@ -104,8 +146,12 @@ impl Host for NoPython {
         None
     }
 
-    fn plot(&mut self, _: &Path, _: &Path) -> Result<Vec<String>, HostError> {
+    fn plot(&mut self, _: &Figures<'_>) -> Result<Vec<String>, HostError> {
         Err(HostError::NeedsPython("plot"))
+    }
+
+    fn doctor(&mut self) -> Result<Value, HostError> {
+        Err(HostError::NeedsPython("doctor"))
     }
 
     fn rich(&mut self) -> Option<Box<dyn Display>> {

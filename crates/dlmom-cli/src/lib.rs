@@ -1,14 +1,26 @@
 #![doc = include_str!("../README.md")]
 
 pub mod args;
+mod build;
+mod completions;
 pub mod display;
+mod doctor;
+mod generate;
 pub mod host;
+mod list;
+mod mock;
+mod packet;
 mod prepare;
 mod probe;
+mod replay;
 mod report;
 mod run;
+mod schema;
+mod show;
 mod status;
 mod tables;
+pub mod timeline;
+mod validate;
 
 use std::io::Write;
 
@@ -35,6 +47,15 @@ pub fn run(
         Command::Run(args) => run::command(args, argv, host, out, err),
         Command::Aggregate(args) => tables::aggregate(args, out, err),
         Command::Plot(args) => tables::plot(args, host, out),
+        Command::Generate(args) => generate::command(args, host, out, err),
+        Command::Show(args) => show::command(args, host, out),
+        Command::Replay(args) => replay::command(args, out),
+        Command::Packet(args) => packet::command(args, out, err),
+        Command::Validate(args) => validate::command(args, out, err),
+        Command::List(args) => list::command(args, host, out),
+        Command::Doctor(args) => doctor::command(args, host, out),
+        Command::Schema(args) => schema::command(args, out),
+        Command::Completions(args) => completions::command(args, out),
     };
     let status = match result {
         Ok(status) => status,

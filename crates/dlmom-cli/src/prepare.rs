@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use dlmom_core::ConsensusSpec;
-use dlmom_eval::{Bench, BenchSpec, EXTRACTOR_VERSION, Item, ItemSet, load_gsm8k};
+use dlmom_eval::{
+    Bench, BenchSpec, CodeJudge, CodeRunner, EXTRACTOR_VERSION, Item, ItemSet, Limits, NoJudge,
+    load,
+};
 use dlmom_runs::rundir::MANIFEST_FORMAT;
 use dlmom_runs::{
     Experiment, Invocation, Manifest, ManifestCell, Overrides, Plan, Registry, RunDir, RunDirError,
@@ -17,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::args::{BatchSize, Device, Dtype, Order, RunArgs};
 use crate::host::{EngineSpec, Host};
+use crate::mock;
 use crate::probe::{Probe, probe};
 use crate::status::CliError;
 
@@ -29,6 +33,7 @@ pub(crate) struct Prepared {
     pub(crate) bench: Bench,
     pub(crate) items: Vec<Item>,
     pub(crate) backend: Box<dyn Backend>,
+    pub(crate) judge: Box<dyn CodeJudge>,
     pub(crate) dir: RunDir,
     pub(crate) rows: u32,
 }
@@ -40,7 +45,7 @@ pub(crate) fn now() -> f64 {
 }
 
 impl Device {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Auto => "auto",
             Self::Cpu => "cpu",
@@ -52,7 +57,7 @@ impl Device {
 }
 
 impl Dtype {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Bf16 => "bf16",
             Self::Fp16 => "fp16",
@@ -65,6 +70,8 @@ impl Dtype {
 pub(crate) struct Selection {
     pub(crate) plan: Plan,
     pub(crate) bench: Bench,
+    /// Whether answers are programs that have to be run.
+    pub(crate) runs_code: bool,
     pub(crate) items: Vec<Item>,
     pub(crate) data_sha256: String,
     pub(crate) experts: Vec<String>,
@@ -119,6 +126,8 @@ pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliEr
         max_switches: args.max_switches,
         max_steps: Some(args.max_steps),
         max_latent_steps: args.max_latent_steps,
+        encoding: args.encoding,
+        support: args.support,
         ..Overrides::default()
     };
     let plan = registry.expand(&args.suite, &args.only, setting, &overrides)?;
@@ -140,13 +149,14 @@ pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliEr
                     args.bench
                 ))
             })?
-            .join(format!("{}.jsonl", args.bench)),
+            .join(format!("{}.jsonl", spec.info().name())),
     };
-    let ItemSet { items, data_sha256 } = load_gsm8k(&path)?;
+    let ItemSet { items, data_sha256 } = load(spec.schema(), &path)?;
     let items = choose(items, args);
     Ok(Selection {
         plan,
         bench: spec.bench(),
+        runs_code: spec.info().runs_code(),
         items,
         data_sha256,
         experts,
@@ -175,7 +185,7 @@ fn choose(items: Vec<Item>, args: &RunArgs) -> Vec<Item> {
 }
 
 /// The models in the order they are loaded, and every agent's.
-fn models_and_agents(experts: &[String]) -> (Vec<String>, Vec<u32>) {
+pub(crate) fn models_and_agents(experts: &[String]) -> (Vec<String>, Vec<u32>) {
     let mut models: Vec<String> = Vec::new();
     let mut seen: HashMap<&str, u32> = HashMap::new();
     let agents = experts
@@ -200,6 +210,7 @@ pub(crate) fn prepare(
     let Selection {
         plan,
         bench,
+        runs_code,
         items,
         data_sha256,
         experts,
@@ -211,6 +222,11 @@ pub(crate) fn prepare(
         }
         .into());
     }
+    let runner = if runs_code {
+        Some(code_runner(host, err)?)
+    } else {
+        None
+    };
     let (models, agents) = models_and_agents(&experts);
     let spec = EngineSpec {
         experts: models,
@@ -227,7 +243,7 @@ pub(crate) fn prepare(
         fast: args.fast,
         attention: args.attention.clone(),
     };
-    let mut backend = host.load(&spec)?;
+    let mut backend = mock::load(args, &spec, host)?;
     check_vocabularies(backend.info())?;
     let vocab = backend.info().model_of(AgentId(0)).map_or(0, |m| m.vocab);
     for experiment in plan.runs() {
@@ -264,7 +280,7 @@ pub(crate) fn prepare(
             )?;
         }
     }
-    let environment = host.environment();
+    let environment = mock::environment(args, host);
     let mut context = json!({
         "models": info.models.iter().map(|m| json!({
             "name": m.name,
@@ -285,6 +301,9 @@ pub(crate) fn prepare(
         "transformers": environment.get("transformers").cloned().unwrap_or(Value::Null),
         "bit_invariant": info.bit_invariant,
     });
+    if let Some(runner) = &runner {
+        context["python"] = json!(runner.version());
+    }
     if !info.bit_invariant {
         context["rows"] = json!(rows);
         context["max_len"] = json!(info.max_len);
@@ -318,9 +337,25 @@ pub(crate) fn prepare(
         bench,
         items,
         backend,
+        judge: match runner {
+            Some(runner) => Box::new(runner),
+            None => Box::new(NoJudge),
+        },
         dir,
         rows,
     })
+}
+
+/// What runs the programs that models write.
+fn code_runner(host: &dyn Host, err: &mut dyn Write) -> Result<CodeRunner, CliError> {
+    let runner = CodeRunner::find(host.python().as_deref(), Limits::default())
+        .map_err(|e| CliError::Usage(e.to_string()))?;
+    writeln!(
+        err,
+        "note: what the models write is run with {} under limits of time and memory, not in a sandbox",
+        runner.python().display()
+    )?;
+    Ok(runner)
 }
 
 fn notes(info: &dlmom_runtime::EnsembleInfo, probed: Option<&Probe>, max_len: u32) -> Value {

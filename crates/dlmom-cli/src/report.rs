@@ -12,11 +12,11 @@ use crate::args::RunArgs;
 use crate::prepare::{Selection, seeds_of};
 use crate::status::CliError;
 
-fn percent(value: f64) -> String {
+pub(crate) fn percent(value: f64) -> String {
     format!("{:.1}", 100.0 * value)
 }
 
-fn table(header: &[&str]) -> Table {
+pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_content_arrangement(ContentArrangement::Disabled);
@@ -24,7 +24,7 @@ fn table(header: &[&str]) -> Table {
     table
 }
 
-fn unit(unit: AlphaUnit) -> &'static str {
+pub(crate) fn unit(unit: AlphaUnit) -> &'static str {
     match unit {
         AlphaUnit::Normalized => "normalized",
         AlphaUnit::Nats => "nats",

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use dlmom_eval::Item;
+use dlmom_eval::{CodeJudge, Item};
 use dlmom_runs::fold::{CellRows, read_cell};
 use dlmom_runs::{
     CellKind, Experiment, JsonlWriter, Plan, RawRow, RawWriter, Repair, RowContext, RunDir,
@@ -209,6 +209,7 @@ fn cell(
         config_hash: &config_hash,
         bench: prepared.bench.name(),
         items: &items,
+        judge: &mut *prepared.judge,
         writer,
         traces,
         rows: prepared.rows,
@@ -258,6 +259,7 @@ struct Recorder<'a> {
     config_hash: &'a str,
     bench: &'a str,
     items: &'a HashMap<&'a str, &'a Item>,
+    judge: &'a mut dyn CodeJudge,
     writer: RawWriter,
     traces: JsonlWriter,
     rows: u32,
@@ -287,7 +289,8 @@ impl Sink for Recorder<'_> {
             batch_size: self.rows,
             memory,
         };
-        let row = RawRow::new(&context, &outcome, item)?;
+        // A program is judged here and now: the batch waits for it.
+        let row = RawRow::new(&context, &outcome, item, self.judge)?;
         // The trace goes first: a sample counts as done once its row is there.
         if let Some(trace) = outcome.trace {
             self.traces.append(&TraceLine {

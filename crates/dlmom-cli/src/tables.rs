@@ -7,7 +7,7 @@ use dlmom_runs::rundir::write_atomic;
 use dlmom_runs::{Aggregate, aggregate as fold};
 
 use crate::args::{AggregateArgs, PlotArgs};
-use crate::host::Host;
+use crate::host::{Figures, Host};
 use crate::status::{CliError, ExitStatus};
 
 pub(crate) fn aggregate(
@@ -49,7 +49,17 @@ pub(crate) fn plot(
     }
     let default = args.run.join("figs");
     let folder: &Path = args.out.as_deref().unwrap_or(&default);
-    for line in host.plot(&args.run, folder)? {
+    let request = Figures {
+        run: &args.run,
+        out: folder,
+        formats: &args.format,
+        style: &args.style,
+        trace: match (&args.trace, &args.item) {
+            (Some(cell), Some(item)) => Some((cell, item, args.seed)),
+            _ => None,
+        },
+    };
+    for line in host.plot(&request)? {
         writeln!(out, "{line}")?;
     }
     Ok(ExitStatus::Success)

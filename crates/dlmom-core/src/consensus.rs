@@ -13,6 +13,12 @@ pub trait Consensus: Send + Sync {
     ///
     /// Every row is finite. With one expert the result must be that expert's row.
     fn merge(&self, centred: &[&[f32]], out: &mut [f32]);
+
+    /// The failure of an earlier [`Consensus::merge`], handed over once. Callers ask after every
+    /// call and drop the results of a call that failed; the built-in operators never fail.
+    fn take_failure(&self) -> Option<Box<dyn std::error::Error + Send + Sync>> {
+        None
+    }
 }
 
 /// `ties` follows the sketch in the DL-MoM paper's Appendix C, where it differs from the printed

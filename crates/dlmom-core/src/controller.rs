@@ -72,6 +72,8 @@ pub enum Reason {
     AnswerReserve,
     /// The entropy is not a finite number.
     NotFinite,
+    /// A user's own rule said so.
+    Custom,
 }
 
 impl Reason {
@@ -95,6 +97,7 @@ impl Reason {
             Self::EosCertain => "eos_certain",
             Self::AnswerReserve => "answer_reserve",
             Self::NotFinite => "not_finite",
+            Self::Custom => "custom",
         }
     }
 }
@@ -126,6 +129,9 @@ pub struct Decision {
     pub reason: Reason,
 }
 
+/// Why a controller could not decide: the original error of a user's own rule.
+pub type ControllerFailure = Box<dyn std::error::Error + Send + Sync>;
+
 /// Turns a sample's entropies into modes, one decision per step.
 ///
 /// Implementations are pure state machines: a fresh one fed the same observations makes the same
@@ -135,7 +141,14 @@ pub trait Controller: Send {
     ///
     /// `entropy` is the mean of the experts' entropies, in the specification's `alpha_unit`, and
     /// finite. `force` asks for explicit mode.
-    fn observe(&mut self, entropy: f64, force: Option<Force>) -> Decision;
+    ///
+    /// # Errors
+    /// Whatever a user's own rule failed with; the built-in gates never fail.
+    fn observe(
+        &mut self,
+        entropy: f64,
+        force: Option<Force>,
+    ) -> Result<Decision, ControllerFailure>;
 
     /// Changes of mode so far, forced ones included.
     fn switches(&self) -> u32;
@@ -147,15 +160,19 @@ pub trait Controller: Send {
     fn mode(&self) -> Option<Mode>;
 }
 
-/// The controller of a [`ControllerSpec`].
-///
-/// In order of precedence: an entropy that is not finite (a caller's error), the spent latent
-/// budget, a forced exit, then the start rule or the gate, within cap and dwell. Since latent mode is
-/// entered only if its exit can be paid for, `switches <= cap` always holds.
+/// A user's own gate. Budget, cap, dwell and forced exits are kept around it by [`RuleController`].
+pub trait Rule: Send {
+    /// The mode wanted for the next step; `mode` is that of the last, none before the first.
+    ///
+    /// # Errors
+    /// Anything; the sample's run ends with it.
+    fn wish(&mut self, entropy: f64, mode: Option<Mode>) -> Result<Mode, ControllerFailure>;
+}
+
+/// What binds every gate: budget, cap and dwell, and the counts they are kept by.
 #[derive(Clone, Debug)]
-pub struct GateController {
+struct Limits {
     spec: ControllerSpec,
-    window: VecDeque<f64>,
     mode: Option<Mode>,
     /// Consecutive decisions for the current mode.
     dwell: u32,
@@ -163,13 +180,11 @@ pub struct GateController {
     latent_steps: u32,
 }
 
-impl GateController {
-    /// A controller before its first step. Fails if the specification is invalid.
-    pub fn new(spec: &ControllerSpec) -> Result<Self, SpecError> {
+impl Limits {
+    fn new(spec: &ControllerSpec) -> Result<Self, SpecError> {
         spec.validate()?;
         Ok(Self {
             spec: spec.clone(),
-            window: VecDeque::new(),
             mode: None,
             dwell: 0,
             switches: 0,
@@ -177,30 +192,23 @@ impl GateController {
         })
     }
 
-    /// The specification it runs.
-    #[must_use]
-    pub fn spec(&self) -> &ControllerSpec {
-        &self.spec
+    /// The decision that no gate is asked about.
+    fn forced(&self, entropy: f64, force: Option<Force>) -> Option<(Mode, Reason)> {
+        let reason = if !entropy.is_finite() {
+            Reason::NotFinite
+        } else if self.latent_steps >= self.spec.max_latent_steps {
+            Reason::LatentBudget
+        } else {
+            match force? {
+                Force::EosCertain => Reason::EosCertain,
+                Force::AnswerReserve => Reason::AnswerReserve,
+            }
+        };
+        Some((Mode::Explicit, reason))
     }
 
-    fn decide(&self, entropy: f64, force: Option<Force>) -> (Mode, Reason) {
-        if !entropy.is_finite() {
-            return (Mode::Explicit, Reason::NotFinite);
-        }
-        if self.latent_steps >= self.spec.max_latent_steps {
-            return (Mode::Explicit, Reason::LatentBudget);
-        }
-        match force {
-            Some(Force::EosCertain) => return (Mode::Explicit, Reason::EosCertain),
-            Some(Force::AnswerReserve) => return (Mode::Explicit, Reason::AnswerReserve),
-            None => {}
-        }
-        let (wish, reason) = match (self.mode, self.spec.start) {
-            (None, Start::Latent) if self.spec.gate != Gate::AlwaysExplicit => {
-                (Mode::Latent, Reason::StartLatent)
-            }
-            _ => self.gate(entropy),
-        };
+    /// The gate's wish within cap and dwell.
+    fn bound(&self, wish: Mode, reason: Reason) -> (Mode, Reason) {
         let minimum = match self.mode {
             // A mode that stays needs nothing; a first decision binds no dwell.
             Some(mode) if mode == wish => return (wish, reason),
@@ -223,9 +231,149 @@ impl GateController {
         self.spec.cap < 0 || i64::from(self.switches) + price <= self.spec.cap
     }
 
+    fn commit(&mut self, mode: Mode, reason: Reason) -> Decision {
+        let switched = self.mode.is_some_and(|before| before != mode);
+        if switched {
+            self.switches = self.switches.saturating_add(1);
+        }
+        self.dwell = if self.mode == Some(mode) {
+            self.dwell.saturating_add(1)
+        } else {
+            1
+        };
+        if mode == Mode::Latent {
+            self.latent_steps = self.latent_steps.saturating_add(1);
+        }
+        self.mode = Some(mode);
+        Decision {
+            mode,
+            switched,
+            reason,
+        }
+    }
+}
+
+/// The controller of a [`ControllerSpec`].
+///
+/// In order of precedence: an entropy that is not finite (a caller's error), the spent latent
+/// budget, a forced exit, then the start rule or the gate, within cap and dwell. Since latent mode is
+/// entered only if its exit can be paid for, `switches <= cap` always holds.
+#[derive(Clone, Debug)]
+pub struct GateController {
+    limits: Limits,
+    window: VecDeque<f64>,
+}
+
+/// A user's [`Rule`] in place of the gate, under the same budget, cap, dwell and forced exits.
+pub struct RuleController {
+    limits: Limits,
+    rule: Box<dyn Rule>,
+}
+
+impl RuleController {
+    /// A controller before its first step. Fails if the specification is invalid.
+    pub fn new(spec: &ControllerSpec, rule: Box<dyn Rule>) -> Result<Self, SpecError> {
+        Ok(Self {
+            limits: Limits::new(spec)?,
+            rule,
+        })
+    }
+}
+
+impl Controller for RuleController {
+    fn observe(
+        &mut self,
+        entropy: f64,
+        force: Option<Force>,
+    ) -> Result<Decision, ControllerFailure> {
+        // The rule sees every entropy, forced or not: one that keeps a window must not miss any.
+        let wish = self.rule.wish(entropy, self.limits.mode)?;
+        let (mode, reason) = self
+            .limits
+            .forced(entropy, force)
+            .unwrap_or_else(|| self.limits.bound(wish, Reason::Custom));
+        Ok(self.limits.commit(mode, reason))
+    }
+
+    fn switches(&self) -> u32 {
+        self.limits.switches
+    }
+
+    fn latent_steps(&self) -> u32 {
+        self.limits.latent_steps
+    }
+
+    fn mode(&self) -> Option<Mode> {
+        self.limits.mode
+    }
+}
+
+impl GateController {
+    /// A controller before its first step. Fails if the specification is invalid.
+    pub fn new(spec: &ControllerSpec) -> Result<Self, SpecError> {
+        Ok(Self {
+            limits: Limits::new(spec)?,
+            window: VecDeque::new(),
+        })
+    }
+
+    /// The specification it runs.
+    #[must_use]
+    pub fn spec(&self) -> &ControllerSpec {
+        &self.limits.spec
+    }
+
+    fn decide(&self, entropy: f64, force: Option<Force>) -> (Mode, Reason) {
+        if let Some(forced) = self.limits.forced(entropy, force) {
+            return forced;
+        }
+        let spec = &self.limits.spec;
+        let (wish, reason) = match (self.limits.mode, spec.start) {
+            (None, Start::Latent) if spec.gate != Gate::AlwaysExplicit => {
+                (Mode::Latent, Reason::StartLatent)
+            }
+            _ => self.gate(entropy),
+        };
+        self.limits.bound(wish, reason)
+    }
+
+    /// Decides the mode of the next step; see [`Controller::observe`]. Never fails.
+    pub fn observe(&mut self, entropy: f64, force: Option<Force>) -> Decision {
+        debug_assert!(
+            entropy.is_finite(),
+            "the loop stops a row whose entropy is not finite"
+        );
+        if self.limits.spec.gate == Gate::Trend && entropy.is_finite() {
+            if self.window.len() >= self.width() {
+                self.window.pop_front();
+            }
+            self.window.push_back(entropy);
+        }
+        let (mode, reason) = self.decide(entropy, force);
+        self.limits.commit(mode, reason)
+    }
+
+    /// Changes of mode so far, forced ones included.
+    #[must_use]
+    pub fn switches(&self) -> u32 {
+        self.limits.switches
+    }
+
+    /// Latent decisions so far.
+    #[must_use]
+    pub fn latent_steps(&self) -> u32 {
+        self.limits.latent_steps
+    }
+
+    /// The mode of the last decision, none before the first.
+    #[must_use]
+    pub fn mode(&self) -> Option<Mode> {
+        self.limits.mode
+    }
+
     fn gate(&self, entropy: f64) -> (Mode, Reason) {
-        let above = entropy > self.spec.alpha;
-        match self.spec.gate {
+        let above = entropy > self.limits.spec.alpha;
+        match self.limits.spec.gate {
             Gate::AlwaysLatent => (Mode::Latent, Reason::Always),
             Gate::AlwaysExplicit => (Mode::Explicit, Reason::Always),
             Gate::Threshold if above => (Mode::Latent, Reason::AboveAlpha),
@@ -242,20 +390,20 @@ impl GateController {
             slope,
             variance,
         } = Trend::of(&self.window);
-        let convergence = self.spec.convergence_threshold();
+        let convergence = self.limits.spec.convergence_threshold();
         if entropy < convergence {
             (Mode::Explicit, Reason::Converged)
-        } else if slope < -self.spec.slope_eps() && variance < self.spec.var_eps() {
+        } else if slope < -self.limits.spec.slope_eps() && variance < self.limits.spec.var_eps() {
             (Mode::Explicit, Reason::Converging)
-        } else if mean >= self.spec.alpha || (slope >= 0.0 && mean > convergence) {
+        } else if mean >= self.limits.spec.alpha || (slope >= 0.0 && mean > convergence) {
             (Mode::Latent, Reason::Uncertain)
         } else {
-            (self.mode.unwrap_or(Mode::Latent), Reason::Keep)
+            (self.limits.mode.unwrap_or(Mode::Latent), Reason::Keep)
         }
     }
 
     fn width(&self) -> usize {
-        self.spec.w.unwrap_or(0) as usize
+        self.limits.spec.w.unwrap_or(0) as usize
     }
 }
 
@@ -288,47 +436,23 @@ impl Trend {
 }
 
 impl Controller for GateController {
-    fn observe(&mut self, entropy: f64, force: Option<Force>) -> Decision {
-        debug_assert!(
-            entropy.is_finite(),
-            "the loop stops a row whose entropy is not finite"
-        );
-        if self.spec.gate == Gate::Trend && entropy.is_finite() {
-            if self.window.len() >= self.width() {
-                self.window.pop_front();
-            }
-            self.window.push_back(entropy);
-        }
-        let (mode, reason) = self.decide(entropy, force);
-        let switched = self.mode.is_some_and(|before| before != mode);
-        if switched {
-            self.switches = self.switches.saturating_add(1);
-        }
-        self.dwell = if self.mode == Some(mode) {
-            self.dwell.saturating_add(1)
-        } else {
-            1
-        };
-        if mode == Mode::Latent {
-            self.latent_steps = self.latent_steps.saturating_add(1);
-        }
-        self.mode = Some(mode);
-        Decision {
-            mode,
-            switched,
-            reason,
-        }
+    fn observe(
+        &mut self,
+        entropy: f64,
+        force: Option<Force>,
+    ) -> Result<Decision, ControllerFailure> {
+        Ok(Self::observe(self, entropy, force))
     }
 
     fn switches(&self) -> u32 {
-        self.switches
+        self.limits.switches
     }
 
     fn latent_steps(&self) -> u32 {
-        self.latent_steps
+        self.limits.latent_steps
     }
 
     fn mode(&self) -> Option<Mode> {
-        self.mode
+        self.limits.mode
     }
 }

@@ -14,7 +14,10 @@ pub mod topk;
 pub mod validate;
 
 pub use consensus::Consensus;
-pub use controller::{Controller, Decision, Force, GateController, Mode, Reason};
+pub use controller::{
+    Controller, ControllerFailure, Decision, Force, GateController, Mode, Reason, Rule,
+    RuleController,
+};
 pub use entropy::{Stats, normalized, stats};
 pub use noise::{NoiseError, Noised};
 pub use readout::{Divergence, Request, RowReadout, Scratch, compare_rows, read_row};

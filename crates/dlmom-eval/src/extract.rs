@@ -21,10 +21,37 @@ pub enum Method {
     Phrase,
     /// The last number of the text.
     LastNumber,
+    /// A letter that stands out: `(B)`, `**B**`, `B.` at the start of a line.
+    Marked,
+    /// The only option whose text is there.
+    OptionText,
+    /// A fenced block of Python.
+    CodeBlock,
+    /// The definition of the function, without a fence.
+    Definition,
+    /// What continues the prompt.
+    Continuation,
     /// Nothing was found.
     None,
     /// The text ends inside `<think>`.
     TruncatedReasoning,
+}
+
+impl Method {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::Boxed,
+        Self::Hashes,
+        Self::Phrase,
+        Self::LastNumber,
+        Self::Marked,
+        Self::OptionText,
+        Self::CodeBlock,
+        Self::Definition,
+        Self::Continuation,
+        Self::None,
+        Self::TruncatedReasoning,
+    ];
 }
 
 /// What a text answers, in canonical form.
@@ -36,7 +63,7 @@ pub struct Extraction {
     pub flexible: Option<String>,
     /// The rule that found `flexible`.
     pub method: Method,
-    /// Bytes of the text that `flexible` was read from.
+    /// Bytes of the text that `flexible` was read from; `None` where it was not kept.
     pub span: Option<Range<usize>>,
 }
 
@@ -57,18 +84,30 @@ struct Found {
     span: Range<usize>,
 }
 
-/// The answer of `text`.
-#[must_use]
-pub fn extract(text: &str) -> Extraction {
-    let start = text.rfind("</think>").map_or(0, |at| at + "</think>".len());
-    if text[start..].contains("<think>") {
-        return Extraction {
+impl Extraction {
+    /// No answer, for the reason that `method` gives.
+    pub(crate) fn none(method: Method) -> Self {
+        Self {
             strict: None,
             flexible: None,
-            method: Method::TruncatedReasoning,
+            method,
             span: None,
-        };
+        }
     }
+}
+
+/// Where the text after the reasoning starts; `None` if the text was cut inside it.
+pub(crate) fn after_reasoning(text: &str) -> Option<usize> {
+    let start = text.rfind("</think>").map_or(0, |at| at + "</think>".len());
+    (!text[start..].contains("<think>")).then_some(start)
+}
+
+/// The answer of `text` to a question whose answer is a number.
+#[must_use]
+pub fn extract(text: &str) -> Extraction {
+    let Some(start) = after_reasoning(text) else {
+        return Extraction::none(Method::TruncatedReasoning);
+    };
     let body = &text[start..];
     let rules: [(Method, Rule); 4] = [
         (Method::Boxed, boxed),
@@ -87,12 +126,7 @@ pub fn extract(text: &str) -> Extraction {
             };
         }
     }
-    Extraction {
-        strict: None,
-        flexible: None,
-        method: Method::None,
-        span: None,
-    }
+    Extraction::none(Method::None)
 }
 
 /// Compares both answers with `gold`.
@@ -177,7 +211,7 @@ fn is_unit(rest: &str) -> bool {
 }
 
 /// Text without the LaTeX and Markdown that only dresses it.
-fn clean_text(text: &str) -> String {
+pub(crate) fn clean_text(text: &str) -> String {
     let bare = unwrap_commands(text)
         .replace(r"\dfrac", r"\frac")
         .replace(r"\tfrac", r"\frac");
@@ -201,7 +235,7 @@ fn clean_text(text: &str) -> String {
 }
 
 /// `\text{X}` and its kin read ` X`.
-fn unwrap_commands(text: &str) -> String {
+pub(crate) fn unwrap_commands(text: &str) -> String {
     let mut out = text.to_owned();
     for command in [r"\text{", r"\textbf{", r"\mathrm{", r"\mathbf{", r"\mbox{"] {
         while let Some(at) = out.find(command) {
@@ -244,26 +278,30 @@ fn balanced_end(text: &str) -> Option<usize> {
 }
 
 fn boxed(text: &str) -> Option<Found> {
-    let mut end = text.len();
-    while let Some(at) = text[..end]
-        .rfind(r"\boxed")
-        .max(text[..end].rfind(r"\fbox"))
-    {
-        end = at;
-        let name = if text[at..].starts_with(r"\boxed") {
-            r"\boxed"
-        } else {
-            r"\fbox"
-        };
-        let Some(span) = box_content(text, at + name.len()) else {
-            continue;
-        };
+    boxes_backwards(text).find_map(|span| {
         let answer = canonical(&text[span.clone()]);
-        if !answer.is_empty() {
-            return Some(Found { answer, span });
+        (!answer.is_empty()).then_some(Found { answer, span })
+    })
+}
+
+/// What every box holds, last first.
+pub(crate) fn boxes_backwards(text: &str) -> impl Iterator<Item = Range<usize>> {
+    let mut end = text.len();
+    std::iter::from_fn(move || {
+        loop {
+            let head = &text[..end];
+            let at = head.rfind(r"\boxed").max(head.rfind(r"\fbox"))?;
+            end = at;
+            let name = if text[at..].starts_with(r"\boxed") {
+                r"\boxed"
+            } else {
+                r"\fbox"
+            };
+            if let Some(span) = box_content(text, at + name.len()) {
+                return Some(span);
+            }
         }
-    }
-    None
+    })
 }
 
 /// What a box whose name ends at `from` holds: a balanced group, or the word after white space.
@@ -284,7 +322,7 @@ fn box_content(text: &str, from: usize) -> Option<Range<usize>> {
 }
 
 /// Every line with its offset, last first.
-fn lines_backwards(text: &str) -> impl Iterator<Item = (usize, &str)> {
+pub(crate) fn lines_backwards(text: &str) -> impl Iterator<Item = (usize, &str)> {
     let mut end = Some(text.len());
     std::iter::from_fn(move || {
         let stop = end?;
@@ -330,7 +368,7 @@ fn phrase(text: &str) -> Option<Found> {
 }
 
 /// Length of " is", ":", "**:" and their combinations after the word "answer"; `None` if neither is there.
-fn phrase_tail(rest: &str) -> Option<usize> {
+pub(crate) fn phrase_tail(rest: &str) -> Option<usize> {
     let dressing = |c: char| matches!(c, ' ' | '*' | '_');
     let trimmed = rest.trim_start_matches(dressing);
     let separated = trimmed.len() < rest.len();

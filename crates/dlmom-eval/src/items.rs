@@ -1,21 +1,74 @@
-//! Benchmark items from GSM8K-schema JSON Lines.
+//! Benchmark items from JSON Lines in the layouts of the public data sets.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use crate::code::defines;
 use crate::json::{canonical_json, sha256_hex};
+
+/// Most options a choice may have: letters A to J.
+pub const MAX_OPTIONS: usize = 10;
+
+/// The layout of a row, named after the data set it comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Schema {
+    /// `question`, `answer` ("... #### N"); optionally `id` or `item_id`.
+    Gsm8k,
+    /// `task_id`, `prompt`, `canonical_solution`, `test` (which defines `check(candidate)`), `entry_point`.
+    HumanEval,
+    /// `id`, `question`, `choices` (`text`, `label`), `answerKey`; or `question` with `stem` and `choices` inside.
+    Arc,
+}
+
+impl std::fmt::Display for Schema {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Gsm8k => "GSM8K",
+            Self::HumanEval => "HumanEval",
+            Self::Arc => "ARC",
+        })
+    }
+}
+
+/// What answers an item, besides its gold answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// A number.
+    Number,
+    /// The letter of an option. Letters are given by position, A first, whatever labels the data set uses.
+    Choice {
+        /// The options in the order of the row, 2 to [`MAX_OPTIONS`].
+        options: Vec<String>,
+    },
+    /// A function that passes a test.
+    Code {
+        /// Source that defines `check(candidate)`.
+        test: String,
+        /// Name of the function.
+        entry_point: String,
+    },
+}
+
+/// The letter that stands for option `index`.
+#[must_use]
+pub fn letter(index: usize) -> char {
+    char::from(b'A' + (index % 26) as u8)
+}
 
 /// One question with its gold answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Item {
     /// The data set's own id, else a digest of the row; never an index.
     pub id: String,
-    /// The question as written.
+    /// The question as written; for code the prompt, which ends in the opened definition of the function.
     pub question: String,
-    /// What follows the last `####` of the answer, calculator annotations `<<..>>` removed.
+    /// For a number, what follows the last `####` of the answer, calculator annotations `<<..>>` removed; for a choice, the
+    /// letter of the right option; for code, the reference solution.
     pub gold: String,
+    /// What answers it.
+    pub task: Task,
 }
 
 /// A loaded file.
@@ -103,6 +156,18 @@ pub enum ItemsError {
         /// The field.
         field: &'static str,
     },
+    /// A field does not say what its schema wants.
+    #[error("{file}:{line}: field `{field}` {problem}", file = file.display())]
+    Invalid {
+        /// The file.
+        file: PathBuf,
+        /// The line.
+        line: usize,
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The answer does not end in `#### N`.
     #[error("{file}:{line}: field `answer` has no `####` followed by the gold answer", file = file.display())]
     NoGold {
@@ -131,25 +196,25 @@ pub enum ItemsError {
     },
 }
 
-/// Loads a GSM8K-schema file: one object per line with `question` and `answer` ("... #### N"), optionally `id` or `item_id`.
+/// Loads a JSON Lines file whose rows have the layout of `schema`.
 ///
 /// CRLF line ends, a byte-order mark and blank lines are fine.
 ///
 /// # Errors
 /// [`ItemsError`], naming file, line and field.
-pub fn load_gsm8k(path: &Path) -> Result<ItemSet, ItemsError> {
+pub fn load(schema: Schema, path: &Path) -> Result<ItemSet, ItemsError> {
     let bytes = std::fs::read(path).map_err(|source| ItemsError::Read {
         file: path.to_owned(),
         source,
     })?;
-    parse_gsm8k(path, &bytes)
+    parse(schema, path, &bytes)
 }
 
-/// [`load_gsm8k`] on bytes; `file` is only named in errors.
+/// [`load`] on bytes; `file` is only named in errors.
 ///
 /// # Errors
 /// [`ItemsError`], naming file, line and field.
-pub fn parse_gsm8k(file: &Path, bytes: &[u8]) -> Result<ItemSet, ItemsError> {
+pub fn parse(schema: Schema, file: &Path, bytes: &[u8]) -> Result<ItemSet, ItemsError> {
     let text = std::str::from_utf8(bytes).map_err(|e| ItemsError::Utf8 {
         file: file.to_owned(),
         line: bytes[..e.valid_up_to()].split(|b| *b == b'\n').count(),
@@ -162,7 +227,7 @@ pub fn parse_gsm8k(file: &Path, bytes: &[u8]) -> Result<ItemSet, ItemsError> {
         if raw.trim().is_empty() {
             continue;
         }
-        let item = parse_row(file, line, raw)?;
+        let item = parse_row(schema, Place { file, line }, raw)?;
         if let Some(&first) = seen.get(&item.id) {
             return Err(ItemsError::DuplicateId {
                 file: file.to_owned(),
@@ -185,91 +250,241 @@ pub fn parse_gsm8k(file: &Path, bytes: &[u8]) -> Result<ItemSet, ItemsError> {
     })
 }
 
-fn parse_row(file: &Path, line: usize, raw: &str) -> Result<Item, ItemsError> {
+fn parse_row(schema: Schema, place: Place<'_>, raw: &str) -> Result<Item, ItemsError> {
     let value: Value = serde_json::from_str(raw).map_err(|e| ItemsError::Json {
-        file: file.to_owned(),
-        line,
+        file: place.file.to_owned(),
+        line: place.line,
         column: e.column(),
         message: without_position(&e),
     })?;
     let Value::Object(row) = &value else {
         return Err(ItemsError::NotObject {
-            file: file.to_owned(),
-            line,
+            file: place.file.to_owned(),
+            line: place.line,
             found: kind(&value),
         });
     };
-    let question = text_field(file, line, row, "question")?.to_owned();
-    let answer = text_field(file, line, row, "answer")?;
-    let gold = gold_of(answer).ok_or_else(|| ItemsError::NoGold {
-        file: file.to_owned(),
-        line,
-    })?;
-    let id = match own_id(file, line, row)? {
+    let (question, gold, task) = match schema {
+        Schema::Gsm8k => number(place, row)?,
+        Schema::HumanEval => code(place, row)?,
+        Schema::Arc => choice(place, row)?,
+    };
+    let id = match own_id(place, row, schema)? {
         Some(id) => id,
         None => sha256_hex(canonical_json(&value).as_bytes())[..32].to_owned(),
     };
-    Ok(Item { id, question, gold })
+    Ok(Item {
+        id,
+        question,
+        gold,
+        task,
+    })
 }
 
-fn own_id(
-    file: &Path,
-    line: usize,
-    row: &Map<String, Value>,
-) -> Result<Option<String>, ItemsError> {
-    for field in ["id", "item_id"] {
+/// Question, gold and task of a row.
+type Parts = (String, String, Task);
+type Row = Map<String, Value>;
+
+fn number(place: Place<'_>, row: &Row) -> Result<Parts, ItemsError> {
+    let question = place.text(row.get("question"), "question")?;
+    let answer = place.text(row.get("answer"), "answer")?;
+    let gold = gold_of(answer).ok_or_else(|| ItemsError::NoGold {
+        file: place.file.to_owned(),
+        line: place.line,
+    })?;
+    Ok((question.to_owned(), gold, Task::Number))
+}
+
+fn code(place: Place<'_>, row: &Row) -> Result<Parts, ItemsError> {
+    let prompt = place.text(row.get("prompt"), "prompt")?;
+    let solution = place.text(row.get("canonical_solution"), "canonical_solution")?;
+    let test = place.text(row.get("test"), "test")?;
+    let entry_point = place.text(row.get("entry_point"), "entry_point")?;
+    let name = |c: char| c.is_alphanumeric() || c == '_';
+    if !entry_point.chars().all(name) || entry_point.starts_with(|c: char| c.is_ascii_digit()) {
+        return Err(place.invalid(
+            "entry_point",
+            format!("is no function name: `{entry_point}`"),
+        ));
+    }
+    if !defines(prompt, entry_point) {
+        return Err(place.invalid("prompt", format!("does not define `{entry_point}`")));
+    }
+    if !defines(test, "check") {
+        return Err(place.invalid("test", "does not define `check`".into()));
+    }
+    let task = Task::Code {
+        test: test.to_owned(),
+        entry_point: entry_point.to_owned(),
+    };
+    Ok((prompt.to_owned(), solution.to_owned(), task))
+}
+
+fn choice(place: Place<'_>, row: &Row) -> Result<Parts, ItemsError> {
+    let (stem, labelled) = match row.get("question") {
+        Some(Value::Object(question)) => nested_choices(place, question)?,
+        question => {
+            let stem = place.text(question, "question")?;
+            (stem, flat_choices(place, row)?)
+        }
+    };
+    let key = place.text(row.get("answerKey"), "answerKey")?;
+    let choices = format!("has {} choices", labelled.len());
+    if !(2..=MAX_OPTIONS).contains(&labelled.len()) {
+        let wanted = format!("{choices}, expected 2 to {MAX_OPTIONS}");
+        return Err(place.invalid("choices", wanted));
+    }
+    for (index, (label, _)) in labelled.iter().enumerate() {
+        if labelled[..index].iter().any(|(other, _)| other == label) {
+            return Err(place.invalid("choices", format!("label `{label}` twice")));
+        }
+    }
+    let gold = labelled
+        .iter()
+        .position(|(label, _)| *label == key)
+        .ok_or_else(|| place.invalid("answerKey", format!("is `{key}`, no label of a choice")))?;
+    let options = labelled.iter().map(|(_, text)| (*text).to_owned());
+    let task = Task::Choice {
+        options: options.collect(),
+    };
+    Ok((stem.to_owned(), letter(gold).to_string(), task))
+}
+
+/// Label and text of every choice.
+type Labelled<'a> = Vec<(&'a str, &'a str)>;
+
+/// `{"text": [..], "label": [..]}` in the field `choices`.
+fn flat_choices<'a>(place: Place<'_>, row: &'a Row) -> Result<Labelled<'a>, ItemsError> {
+    let value = place.present(row.get("choices"), "choices")?;
+    let Value::Object(choices) = value else {
+        return Err(place.wrong_type("choices", "an object", value));
+    };
+    let texts = place.array(choices.get("text"), "choices.text")?;
+    let labels = place.array(choices.get("label"), "choices.label")?;
+    if texts.len() != labels.len() {
+        let problem = format!(
+            "has {} entries, `choices.text` {}",
+            labels.len(),
+            texts.len()
+        );
+        return Err(place.invalid("choices.label", problem));
+    }
+    let pairs = labels.iter().zip(texts);
+    pairs
+        .map(|(label, text)| {
+            let label = place.text(Some(label), "choices.label")?;
+            Ok((label, place.text(Some(text), "choices.text")?))
+        })
+        .collect()
+}
+
+/// `{"stem": .., "choices": [{"text": .., "label": ..}, ..]}` in the field `question`.
+fn nested_choices<'a>(
+    place: Place<'_>,
+    question: &'a Row,
+) -> Result<(&'a str, Labelled<'a>), ItemsError> {
+    let stem = place.text(question.get("stem"), "question.stem")?;
+    let choices = place.array(question.get("choices"), "question.choices")?;
+    let labelled = choices.iter().map(|choice| {
+        let Value::Object(choice) = choice else {
+            return Err(place.wrong_type("question.choices", "an array of objects", choice));
+        };
+        let label = place.text(choice.get("label"), "question.choices.label")?;
+        Ok((
+            label,
+            place.text(choice.get("text"), "question.choices.text")?,
+        ))
+    });
+    Ok((stem, labelled.collect::<Result<_, _>>()?))
+}
+
+fn own_id(place: Place<'_>, row: &Row, schema: Schema) -> Result<Option<String>, ItemsError> {
+    let fields: &[&'static str] = match schema {
+        Schema::Gsm8k => &["id", "item_id"],
+        Schema::HumanEval => &["task_id"],
+        Schema::Arc => &["id"],
+    };
+    for &field in fields {
         match row.get(field) {
             None | Some(Value::Null) => {}
-            Some(Value::String(id)) if id.trim().is_empty() => {
-                return Err(ItemsError::EmptyField {
-                    file: file.to_owned(),
-                    line,
-                    field,
-                });
-            }
-            Some(Value::String(id)) => return Ok(Some(id.clone())),
             Some(Value::Number(id)) if id.is_i64() || id.is_u64() => {
                 return Ok(Some(id.to_string()));
             }
+            Some(value @ Value::String(_)) => {
+                return place.text(Some(value), field).map(|id| Some(id.to_owned()));
+            }
             Some(other) => {
-                return Err(ItemsError::FieldType {
-                    file: file.to_owned(),
-                    line,
-                    field,
-                    expected: "a string or an integer",
-                    found: kind(other),
-                });
+                return Err(place.wrong_type(field, "a string or an integer", other));
             }
         }
     }
     Ok(None)
 }
 
-fn text_field<'a>(
-    file: &Path,
+/// Where a row is, for errors.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    file: &'a Path,
     line: usize,
-    row: &'a Map<String, Value>,
-    field: &'static str,
-) -> Result<&'a str, ItemsError> {
-    match row.get(field) {
-        None => Err(ItemsError::MissingField {
-            file: file.to_owned(),
-            line,
+}
+
+impl Place<'_> {
+    fn invalid(self, field: &'static str, problem: String) -> ItemsError {
+        ItemsError::Invalid {
+            file: self.file.to_owned(),
+            line: self.line,
             field,
-        }),
-        Some(Value::String(text)) if text.trim().is_empty() => Err(ItemsError::EmptyField {
-            file: file.to_owned(),
-            line,
+            problem,
+        }
+    }
+
+    fn wrong_type(self, field: &'static str, expected: &'static str, found: &Value) -> ItemsError {
+        ItemsError::FieldType {
+            file: self.file.to_owned(),
+            line: self.line,
             field,
-        }),
-        Some(Value::String(text)) => Ok(text),
-        Some(other) => Err(ItemsError::FieldType {
-            file: file.to_owned(),
-            line,
+            expected,
+            found: kind(found),
+        }
+    }
+
+    fn present<'v>(
+        self,
+        value: Option<&'v Value>,
+        field: &'static str,
+    ) -> Result<&'v Value, ItemsError> {
+        value.ok_or_else(|| ItemsError::MissingField {
+            file: self.file.to_owned(),
+            line: self.line,
             field,
-            expected: "a string",
-            found: kind(other),
-        }),
+        })
+    }
+
+    fn text<'v>(
+        self,
+        value: Option<&'v Value>,
+        field: &'static str,
+    ) -> Result<&'v str, ItemsError> {
+        match self.present(value, field)? {
+            Value::String(text) if text.trim().is_empty() => Err(ItemsError::EmptyField {
+                file: self.file.to_owned(),
+                line: self.line,
+                field,
+            }),
+            Value::String(text) => Ok(text),
+            other => Err(self.wrong_type(field, "a string", other)),
+        }
+    }
+
+    fn array<'v>(
+        self,
+        value: Option<&'v Value>,
+        field: &'static str,
+    ) -> Result<&'v Vec<Value>, ItemsError> {
+        match self.present(value, field)? {
+            Value::Array(values) => Ok(values),
+            other => Err(self.wrong_type(field, "an array", other)),
+        }
     }
 }
 
@@ -315,7 +530,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<ItemSet, ItemsError> {
-        parse_gsm8k(Path::new("data.jsonl"), text.as_bytes())
+        super::parse(Schema::Gsm8k, Path::new("data.jsonl"), text.as_bytes())
     }
 
     fn row(question: &str, answer: &str) -> String {
@@ -385,14 +600,131 @@ mod tests {
             .map(|text| parse(text).unwrap_err().to_string())
             .collect();
         insta::assert_snapshot!(said.join("\n"));
-        let error = parse_gsm8k(Path::new("data.jsonl"), b"{}\n\xff").unwrap_err();
+        let error = super::parse(Schema::Gsm8k, Path::new("data.jsonl"), b"{}\n\xff").unwrap_err();
         assert_eq!(error.to_string(), "data.jsonl:2: not UTF-8 text");
-        let error = load_gsm8k(Path::new("no-such-file.jsonl")).unwrap_err();
+        let error = load(Schema::Gsm8k, Path::new("no-such-file.jsonl")).unwrap_err();
         assert!(
             error
                 .to_string()
                 .starts_with("no-such-file.jsonl: cannot read: "),
             "{error}"
         );
+    }
+
+    fn faults(schema: Schema, good: &Value, changes: &[(&str, Value)]) -> String {
+        let said = changes.iter().map(|(field, value)| {
+            let mut row = good.clone();
+            match (row.pointer_mut(field), value) {
+                (_, Value::Null) => {
+                    let (parent, key) = field.rsplit_once('/').unwrap();
+                    let parent = row.pointer_mut(parent).unwrap().as_object_mut().unwrap();
+                    parent.remove(key).unwrap();
+                }
+                (Some(place), value) => *place = value.clone(),
+                (None, _) => panic!("no field {field}"),
+            }
+            let text = format!("\n{row}\n");
+            super::parse(schema, Path::new("data.jsonl"), text.as_bytes())
+                .unwrap_err()
+                .to_string()
+        });
+        said.collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn faults_of_code_rows_name_file_line_and_field() {
+        let good = serde_json::json!({
+            "task_id": "t/1", "prompt": "def double(x):\n", "canonical_solution": "    return 2 * x\n",
+            "test": "def check(candidate):\n    assert candidate(2) == 4\n", "entry_point": "double",
+        });
+        let set = super::parse(
+            Schema::HumanEval,
+            Path::new("d"),
+            good.to_string().as_bytes(),
+        );
+        let item = &set.unwrap().items[0];
+        assert_eq!(
+            (item.id.as_str(), item.question.as_str(), item.gold.as_str()),
+            ("t/1", "def double(x):\n", "    return 2 * x\n")
+        );
+        insta::assert_snapshot!(faults(
+            Schema::HumanEval,
+            &good,
+            &[
+                ("/prompt", Value::Null),
+                ("/prompt", 3.into()),
+                ("/prompt", "def other(x):\n".into()),
+                ("/canonical_solution", Value::Null),
+                ("/test", " ".into()),
+                ("/test", "assert double(2) == 4".into()),
+                ("/entry_point", Value::Null),
+                ("/entry_point", "a b".into()),
+                ("/entry_point", "2double".into()),
+                ("/task_id", serde_json::json!([1])),
+            ]
+        ));
+    }
+
+    #[test]
+    fn faults_of_choice_rows_name_file_line_and_field() {
+        let flat = serde_json::json!({
+            "id": "q-1", "question": "Which one flies?", "answerKey": "2",
+            "choices": {"text": ["dog", "owl", "cod"], "label": ["1", "2", "3"]},
+        });
+        let nested = serde_json::json!({
+            "id": "q-1", "answerKey": "2", "question": {"stem": "Which one flies?", "choices": [
+                {"text": "dog", "label": "1"}, {"text": "owl", "label": "2"}, {"text": "cod", "label": "3"},
+            ]},
+        });
+        let of = |row: &Value| {
+            super::parse(Schema::Arc, Path::new("d"), row.to_string().as_bytes())
+                .unwrap()
+                .items
+        };
+        assert_eq!(of(&flat), of(&nested));
+        let item = &of(&flat)[0];
+        assert_eq!(item.gold, "B");
+        let options = ["dog", "owl", "cod"].map(str::to_owned).to_vec();
+        assert_eq!(item.task, Task::Choice { options });
+        let eleven: Vec<String> = (0..11).map(|i| i.to_string()).collect();
+        let of_flat = faults(
+            Schema::Arc,
+            &flat,
+            &[
+                ("/question", Value::Null),
+                ("/choices", Value::Null),
+                ("/choices", serde_json::json!(["a", "b"])),
+                ("/choices/text", Value::Null),
+                ("/choices/text", "dog".into()),
+                ("/choices/text/1", "".into()),
+                ("/choices/text/1", 4.into()),
+                ("/choices/label", serde_json::json!(["1", "2"])),
+                ("/choices/label", serde_json::json!(["1", "2", "2"])),
+                (
+                    "/choices",
+                    serde_json::json!({"text": ["x"], "label": ["1"]}),
+                ),
+                (
+                    "/choices",
+                    serde_json::json!({"text": eleven, "label": eleven}),
+                ),
+                ("/answerKey", Value::Null),
+                ("/answerKey", 2.into()),
+                ("/answerKey", "B".into()),
+                ("/id", " ".into()),
+            ],
+        );
+        let of_nested = faults(
+            Schema::Arc,
+            &nested,
+            &[
+                ("/question/stem", Value::Null),
+                ("/question/choices", Value::Null),
+                ("/question/choices/0", "dog".into()),
+                ("/question/choices/0/text", Value::Null),
+                ("/question/choices/2/label", true.into()),
+            ],
+        );
+        insta::assert_snapshot!([of_flat, of_nested].join("\n"));
     }
 }

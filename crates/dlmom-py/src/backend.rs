@@ -1,16 +1,16 @@
 //! [`Backend`] over the Python engine: packs feeds into byte buffers, borrows logits without copying.
 
-use dlmom_core::ConsensusSpec;
+use dlmom_core::Consensus;
 use dlmom_packet::BeliefPacket;
 use dlmom_runtime::{
-    AgentId, Assembler, Backend, BackendError, EnsembleInfo, Feed, LaneId, LaneSpec, MemoryStats,
-    ModelId, ModelInfo, PromptSource, Readout, Row, SlotId, check_rows,
+    AgentId, Assembler, Backend, BackendError, Embeddings, EnsembleInfo, Feed, LaneId, LaneSpec,
+    MemoryStats, ModelId, ModelInfo, Payload, PromptSource, Readout, Row, SlotId, check_rows,
 };
 use pyo3::exceptions::{
     PyKeyboardInterrupt, PyMemoryError, PySystemExit, PyTypeError, PyValueError,
 };
 use pyo3::prelude::*;
-use pyo3::types::{PyByteArray, PyDict, PyList, PyTuple};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyTuple};
 
 /// The Python engine behind the boundary.
 pub struct PyBackend {
@@ -84,6 +84,18 @@ struct Call {
     span_feeds: Vec<Packed>,
     step_slots: Vec<u32>,
     step_feed: Packed,
+    /// Rows of the step that take in something other than a packet.
+    step_payloads: [Values; 2],
+}
+
+/// Kinds of payload, in the order of [`Call::step_payloads`].
+const KINDS: [&str; 2] = ["embed", "dense"];
+
+/// Payloads of one kind: which rows of the step, and their values one after another, f32 little-endian.
+#[derive(Default)]
+struct Values {
+    rows: Vec<usize>,
+    bytes: Vec<u8>,
 }
 
 /// Row-major `[positions, k]` ids (u32) and probabilities (f32), little-endian.
@@ -93,6 +105,17 @@ struct Packed {
     probs: Vec<u8>,
     positions: usize,
     k: usize,
+    /// Of a span that is no packets: the kind and the values; ids and probabilities are empty then.
+    payload: Option<(usize, Vec<u8>)>,
+}
+
+/// The kind of a payload and its values as bytes.
+fn payload_bytes(payload: &Payload) -> (usize, Vec<u8>) {
+    let (kind, values) = match payload {
+        Payload::Embed { values, .. } => (0, values),
+        Payload::Dense { probs, .. } => (1, probs),
+    };
+    (kind, values.iter().flat_map(|x| x.to_le_bytes()).collect())
 }
 
 impl Packed {
@@ -136,10 +159,9 @@ fn pack(feed: &Feed<'_>, into: &mut Packed) -> Result<(), BackendError> {
                 into.push(entries);
             }
         }
-        Feed::Payload(_) => {
-            return Err(BackendError::Unsupported(
-                "embed and logits payloads (suite A3) are not built yet".into(),
-            ));
+        Feed::Payload(payload) => {
+            into.payload = Some(payload_bytes(payload));
+            into.positions = feed.positions();
         }
         Feed::Hidden { .. } => {
             return Err(BackendError::Unsupported(
@@ -216,6 +238,16 @@ fn read_info(engine: &Bound<'_, PyAny>) -> PyResult<EnsembleInfo> {
     })
 }
 
+/// Little-endian f32 values; a rest of fewer than 4 bytes is dropped.
+pub fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b))
+        .collect()
+}
+
 fn lane_tuple(lane: LaneId) -> (u32, u32) {
     (lane.slot.0, lane.agent.0)
 }
@@ -245,16 +277,31 @@ impl PyBackend {
                     PyByteArray::new(py, &packed.probs),
                     packed.positions,
                     packed.k,
+                    packed
+                        .payload
+                        .as_ref()
+                        .map(|(kind, bytes)| (KINDS[*kind], PyByteArray::new(py, bytes))),
                 ))?;
             }
             let step = if call.steps.is_empty() {
                 None
             } else {
+                let payloads = PyList::empty(py);
+                for (kind, values) in KINDS.iter().zip(&call.step_payloads) {
+                    if !values.rows.is_empty() {
+                        payloads.append((
+                            *kind,
+                            values.rows.clone(),
+                            PyByteArray::new(py, &values.bytes),
+                        ))?;
+                    }
+                }
                 Some((
                     call.step_slots[call.spans.len()..].to_vec(),
                     PyByteArray::new(py, &call.step_feed.ids),
                     PyByteArray::new(py, &call.step_feed.probs),
                     call.step_feed.k,
+                    payloads,
                 ))
             };
             list.append((agent, spans, step))?;
@@ -383,7 +430,7 @@ impl Backend for PyBackend {
     fn advance(
         &mut self,
         rows: &[Row<'_>],
-        consensus: &ConsensusSpec,
+        consensus: &dyn Consensus,
         out: &mut Readout,
     ) -> Result<(), BackendError> {
         check_rows(&self.info, rows)?;
@@ -424,7 +471,16 @@ impl Backend for PyBackend {
             for (agent, feed) in row.feeds {
                 let call = &mut calls[agent.index()];
                 if feed.positions() == 1 {
-                    pack(feed, &mut call.step_feed)?;
+                    if let Feed::Payload(payload) = feed {
+                        let (kind, bytes) = payload_bytes(payload);
+                        let values = &mut call.step_payloads[kind];
+                        values.rows.push(call.steps.len());
+                        values.bytes.extend_from_slice(&bytes);
+                        // Holds the row's place; the payload replaces what it embeds to.
+                        call.step_feed.push(std::iter::once((0, 1.0)));
+                    } else {
+                        pack(feed, &mut call.step_feed)?;
+                    }
                     places[index][agent.index()] = Some((false, call.steps.len()));
                     call.steps.push(index);
                 } else {
@@ -474,6 +530,46 @@ impl Backend for PyBackend {
             self.take_back(rows)?;
         }
         result
+    }
+
+    fn embed(
+        &mut self,
+        model: ModelId,
+        packets: &[BeliefPacket],
+    ) -> Result<Embeddings, BackendError> {
+        let feed = Feed::Packets(packets);
+        let mut packed = Packed {
+            k: width(&feed),
+            ..Packed::default()
+        };
+        pack(&feed, &mut packed)?;
+        Python::attach(|py| {
+            let call = || -> PyResult<Embeddings> {
+                let answer = self.engine.bind(py).call_method1(
+                    "embed_packets",
+                    (
+                        model.0,
+                        PyByteArray::new(py, &packed.ids),
+                        PyByteArray::new(py, &packed.probs),
+                        packed.positions,
+                        packed.k,
+                    ),
+                )?;
+                let (bytes, hidden): (Bound<'_, PyBytes>, u32) = answer.extract()?;
+                Ok(Embeddings {
+                    values: floats(bytes.as_bytes()),
+                    hidden,
+                })
+            };
+            call().map_err(|error| backend_error(py, error, "mixture embeddings"))
+        })
+    }
+
+    fn compress(&mut self, lanes: &[LaneId]) -> Result<(), BackendError> {
+        let lanes: Vec<(u32, u32)> = lanes.iter().map(|&lane| lane_tuple(lane)).collect();
+        self.call("KV compressor", |_, engine| {
+            engine.call_method1("compress", (lanes,)).map(|_| ())
+        })
     }
 
     fn fork(&mut self, from: LaneId, to: LaneId, upto: Option<u32>) -> Result<(), BackendError> {

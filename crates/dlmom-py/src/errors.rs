@@ -42,6 +42,13 @@ create_exception!(
     "A run folder or one of its files is wrong."
 );
 
+create_exception!(
+    dlmom_rs,
+    Cancelled,
+    DlmomError,
+    "A run was stopped through its cancel flag."
+);
+
 fn original(
     py: Python<'_>,
     source: &(dyn std::error::Error + Send + Sync + 'static),
@@ -60,6 +67,10 @@ pub fn run_error(py: Python<'_>, error: RunError) -> PyErr {
             .unwrap_or_else(|| PyKeyboardInterrupt::new_err("interrupted")),
         RunError::Backend { context, source } => match source {
             BackendError::Failed {
+                context: inner,
+                source,
+            }
+            | BackendError::Fatal {
                 context: inner,
                 source,
             } => match original(py, &*source) {

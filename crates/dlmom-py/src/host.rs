@@ -1,12 +1,13 @@
 //! The command line's surroundings, provided by the Python package.
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use dlmom_cli::display::{CellProgress, CellStart, Display};
-use dlmom_cli::host::{EngineSpec, Host, HostError};
+use dlmom_cli::host::{EngineSpec, Figures, Host, HostError};
+use dlmom_cli::timeline::{Footer, Header, Step, Timeline};
 use dlmom_runtime::Backend;
-use pyo3::exceptions::PyKeyboardInterrupt;
+use pyo3::exceptions::{PyKeyboardInterrupt, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde_json::Value;
@@ -108,13 +109,70 @@ impl Host for PyHost {
         })
     }
 
-    fn plot(&mut self, run: &Path, out: &Path) -> Result<Vec<String>, HostError> {
+    fn plot(&mut self, request: &Figures<'_>) -> Result<Vec<String>, HostError> {
         Python::attach(|py| {
-            let lines = py
-                .import("dlmom_rs.figures")
-                .and_then(|m| m.call_method1("draw_run", (run, out)))
-                .and_then(|lines| lines.extract::<Vec<String>>());
-            lines.map_err(|error| self.error(py, error))
+            let draw = || -> PyResult<Vec<String>> {
+                let figures = py.import("dlmom_rs.figures")?;
+                let look = PyDict::new(py);
+                look.set_item("formats", request.formats)?;
+                look.set_item("style", request.style)?;
+                let lines = match request.trace {
+                    None => {
+                        figures.call_method("draw_run", (request.run, request.out), Some(&look))?
+                    }
+                    Some((cell, item, seed)) => figures.call_method(
+                        "draw_trace",
+                        (request.run, request.out, cell, item, seed),
+                        Some(&look),
+                    )?,
+                };
+                lines.extract()
+            };
+            draw().map_err(|error| {
+                if error.is_instance_of::<PyValueError>(py) {
+                    HostError::Usage(error.value(py).to_string())
+                } else {
+                    self.error(py, error)
+                }
+            })
+        })
+    }
+
+    fn python(&self) -> Option<PathBuf> {
+        Python::attach(|py| {
+            let executable = py.import("sys").ok()?.getattr("executable").ok()?;
+            executable.extract().ok()
+        })
+    }
+
+    fn doctor(&mut self) -> Result<Value, HostError> {
+        Python::attach(|py| {
+            let text = py
+                .import("dlmom_rs.environment")
+                .and_then(|m| m.call_method0("doctor_json"))
+                .and_then(|text| text.extract::<String>())
+                .map_err(|error| self.error(py, error))?;
+            serde_json::from_str(&text).map_err(|e| HostError::Failed {
+                message: format!("doctor: {e}"),
+                source: None,
+            })
+        })
+    }
+
+    fn experts(&mut self) -> Vec<(String, String)> {
+        Python::attach(|py| {
+            py.import("dlmom_rs.zoo")
+                .and_then(|m| m.call_method0("describe"))
+                .and_then(|lines| lines.extract())
+                .unwrap_or_default()
+        })
+    }
+
+    fn timeline(&mut self) -> Option<Box<dyn Timeline>> {
+        Python::attach(|py| {
+            let module = py.import("dlmom_rs.display").ok()?;
+            let object = module.call_method0("RichTimeline").ok()?.unbind();
+            Some(Box::new(PyDisplay { object }) as Box<dyn Timeline>)
         })
     }
 
@@ -156,6 +214,18 @@ impl PyDisplay {
                 .bind(py)
                 .call_method1(method, (payload.to_string(),));
         });
+    }
+}
+
+impl Timeline for PyDisplay {
+    fn start(&mut self, header: &Header) {
+        self.call("start", &serde_json::to_value(header).unwrap_or_default());
+    }
+    fn step(&mut self, step: &Step) {
+        self.call("step", &serde_json::to_value(step).unwrap_or_default());
+    }
+    fn finish(&mut self, footer: &Footer) {
+        self.call("finish", &serde_json::to_value(footer).unwrap_or_default());
     }
 }
 

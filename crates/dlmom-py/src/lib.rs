@@ -1,10 +1,12 @@
 //! `dlmom_rs._core`: the boundary to Python, and nothing else.
 
+mod adapters;
 mod backend;
 mod errors;
 mod host;
 mod loops;
 mod table;
+mod values;
 
 use pyo3::prelude::*;
 
@@ -19,12 +21,14 @@ mod _core {
 
     #[pymodule_export]
     use crate::errors::{
-        BackendFailure, ConfigError, DlmomError, PacketError, ProtocolError, RunDataError,
+        BackendFailure, Cancelled, ConfigError, DlmomError, PacketError, ProtocolError, RunDataError,
     };
     #[pymodule_export]
-    use crate::loops::{conformance, generate, loop_config};
+    use crate::loops::{CancelToken, PySession, conformance, loop_config};
     #[pymodule_export]
     use crate::table::{ArrowTable, run_table};
+    #[pymodule_export]
+    use crate::values::{PyController, PyDecision, PyPacket, PyTranscript, consensus_core};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

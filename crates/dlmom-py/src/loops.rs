@@ -1,21 +1,62 @@
-//! The loop for Python callers: `generate` and the conformance kit.
+//! The loop for Python callers: a session of turns, and the conformance kit.
 
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use dlmom_packet::BeliefPacket;
 use dlmom_runs::{Overrides, Registry, Setting};
 use dlmom_runtime::conformance::{Preset, Settings, check};
-use dlmom_runtime::{EnsembleInfo, Job, LoopConfig, MemoryStats, Outcome, RunOptions, Sink, run};
+use dlmom_runtime::{
+    EnsembleInfo, Hooks, Job, LoopConfig, MemoryStats, Outcome, RunError, RunOptions, Session,
+    Sink, StepEvent,
+};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use serde_json::{Value, json};
 
+use crate::adapters::{PyConsensus, PyRule};
 use crate::backend::PyBackend;
-use crate::errors::{ConfigError, ProtocolError, run_error};
+use crate::errors::{Cancelled, ConfigError, ProtocolError, run_error};
+use crate::values::PyPacket;
 
-struct Collect {
-    outcomes: Vec<Outcome>,
-    interrupt: Option<PyErr>,
+/// A flag that stops a run from another thread, or from a notebook's next cell.
+#[pyclass(frozen, name = "CancelToken", module = "dlmom_rs")]
+#[derive(Default)]
+pub struct CancelToken {
+    flag: AtomicBool,
 }
 
-impl Sink for Collect {
+#[pymethods]
+impl CancelToken {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks the run to stop before its next step; it raises :class:`Cancelled`.
+    fn cancel(&self) {
+        self.flag.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether :meth:`cancel` has been called.
+    #[getter]
+    fn cancelled(&self) -> bool {
+        self.flag.load(Ordering::Relaxed)
+    }
+}
+
+/// Collects what a turn brought; asks the interpreter and the flag whether to go on.
+struct Collect<'a> {
+    outcomes: Vec<Outcome>,
+    events: Option<Vec<(Value, Option<BeliefPacket>)>>,
+    interrupt: Option<PyErr>,
+    cancel: Option<&'a CancelToken>,
+    cancelled: bool,
+}
+
+impl Sink for Collect<'_> {
     fn finished(
         &mut self,
         outcome: Outcome,
@@ -26,7 +67,17 @@ impl Sink for Collect {
         Ok(())
     }
 
+    fn step(&mut self, event: &StepEvent<'_>) {
+        if let Some(events) = &mut self.events {
+            events.push((describe(event), event.packet.cloned()));
+        }
+    }
+
     fn poll(&mut self) -> ControlFlow<()> {
+        if self.cancel.is_some_and(CancelToken::cancelled) {
+            self.cancelled = true;
+            return ControlFlow::Break(());
+        }
         Python::attach(|py| match py.check_signals() {
             Ok(()) => ControlFlow::Continue(()),
             Err(error) => {
@@ -37,13 +88,46 @@ impl Sink for Collect {
     }
 }
 
-/// The reference pipeline's loop configuration as JSON, for `experts` agents.
+/// Entries of a packet named in an event.
+const EVENT_TOP: usize = 5;
+
+fn describe(event: &StepEvent<'_>) -> Value {
+    let read = event.read;
+    let (ids, probs) = event
+        .packet
+        .map_or((&read.ids[..], &read.probs[..]), |p| (p.ids(), p.probs()));
+    let keep = EVENT_TOP.min(ids.len());
+    json!({
+        "item_id": event.key.item_id,
+        "step": event.step,
+        "mode": event.decision.mode.as_str(),
+        "reason": event.decision.reason.as_str(),
+        "switched": event.decision.switched,
+        "entropy": event.entropy,
+        "observed": event.observed,
+        "expert_entropy": read.entropies,
+        "merged_entropy": read.merged_entropy,
+        "mass": read.mass,
+        "noise_kl": event.noise_kl,
+        "token": event.token,
+        "bytes_of_token": event
+            .token
+            .and_then(|t| event.model.token_bytes.get(t as usize)),
+        "top_ids": &ids[..keep],
+        "top_probs": &probs[..keep],
+        "top_tokens": ids[..keep].iter().map(|&id| event.model.decode(&[id])).collect::<Vec<_>>(),
+        "uplink_bytes": event.bytes.0,
+        "downlink_bytes": event.bytes.1,
+    })
+}
+
+/// The reference pipeline's loop configuration as JSON, for `experts` agents, of one model or of several.
 #[pyfunction]
-pub fn loop_config(experts: usize) -> PyResult<String> {
+pub fn loop_config(experts: usize, shared_model: bool) -> PyResult<String> {
     let wrong = |e: String| ConfigError::new_err(e);
     let registry = Registry::builtin().map_err(|e| wrong(e.to_string()))?;
     let setting = Setting {
-        shared_model: experts == 1,
+        shared_model,
         experts,
     };
     let plan = registry
@@ -63,43 +147,163 @@ pub fn loop_config(experts: usize) -> PyResult<String> {
     serde_json::to_string(&config).map_err(|e| wrong(e.to_string()))
 }
 
-/// Runs `jobs` (a JSON list of `{key, prompts, trace}`) on a loaded engine with a loop
-/// configuration (JSON) and returns the outcomes as a JSON list, in the order of finishing.
-///
-/// Raises `ConfigError` for a value out of range, and whatever the engine raised, with a note.
-#[pyfunction]
-#[pyo3(signature = (engine, config, jobs, max_failures=1, rows=None))]
-pub fn generate(
-    py: Python<'_>,
-    engine: &Bound<'_, PyAny>,
-    config: &str,
-    jobs: &str,
-    max_failures: u32,
-    rows: Option<u32>,
-) -> PyResult<String> {
-    let wrong = |what: &str, e: serde_json::Error| ConfigError::new_err(format!("{what}: {e}"));
-    let config: LoopConfig = serde_json::from_str(config).map_err(|e| wrong("config", e))?;
-    let jobs: Vec<Job> = serde_json::from_str(jobs).map_err(|e| wrong("jobs", e))?;
-    let mut backend = PyBackend::new(engine)?;
-    let mut sink = Collect {
-        outcomes: Vec::new(),
-        interrupt: None,
-    };
-    let options = RunOptions { max_failures, rows };
-    let result = py.detach(|| {
-        run(
-            &mut backend,
-            &config,
-            &options,
-            &mut jobs.into_iter(),
-            &mut sink,
-        )
-    });
-    if let Some(interrupt) = sink.interrupt {
-        return Err(interrupt);
+/// What a turn brings: whether there is more to do, the events with their packets, the finished samples with theirs.
+type Turn = (
+    bool,
+    Vec<(String, Option<PyPacket>)>,
+    Vec<(String, Vec<(u32, PyPacket)>)>,
+);
+
+struct Inner {
+    backend: PyBackend,
+    session: Session,
+    jobs: VecDeque<Job>,
+    ended: bool,
+}
+
+/// A run of the loop, one turn at a time. Private: ``DeepLatentMoM`` drives it.
+#[pyclass(frozen, name = "Session", module = "dlmom_rs._core")]
+pub struct PySession {
+    inner: Mutex<Inner>,
+    cancel: Option<Py<CancelToken>>,
+    process: u32,
+}
+
+#[pymethods]
+impl PySession {
+    /// Prepares `jobs` (a JSON list of `{key, prompts, trace}`) with a loop configuration (JSON).
+    ///
+    /// Raises `ConfigError` for a value out of range.
+    #[new]
+    #[pyo3(signature = (engine, config, jobs, *, max_failures=1, rows=None, controller=None, consensus=None, compress_every=None, cancel=None))]
+    fn new(
+        engine: &Bound<'_, PyAny>,
+        config: &str,
+        jobs: &str,
+        max_failures: u32,
+        rows: Option<u32>,
+        controller: Option<Py<PyAny>>,
+        consensus: Option<&Bound<'_, PyAny>>,
+        compress_every: Option<u32>,
+        cancel: Option<Py<CancelToken>>,
+    ) -> PyResult<Self> {
+        let py = engine.py();
+        let wrong = |what: &str, e: serde_json::Error| ConfigError::new_err(format!("{what}: {e}"));
+        let config: LoopConfig = serde_json::from_str(config).map_err(|e| wrong("config", e))?;
+        let jobs: VecDeque<Job> = serde_json::from_str(jobs).map_err(|e| wrong("jobs", e))?;
+        let mut backend = PyBackend::new(engine)?;
+        let mut hooks = Hooks {
+            compress_every,
+            ..Hooks::default()
+        };
+        if let Some(factory) = controller {
+            hooks.rule = Some(Box::new(move |_| {
+                Ok(Box::new(PyRule::make(&factory)?) as Box<dyn dlmom_core::Rule>)
+            }));
+        }
+        if let Some(object) = consensus {
+            hooks.consensus = Some(Box::new(PyConsensus::new(object)?));
+        }
+        let options = RunOptions { max_failures, rows };
+        let session = py
+            .detach(|| Session::new(&mut backend, &config, &options, hooks))
+            .map_err(|e| run_error(py, e))?;
+        Ok(Self {
+            inner: Mutex::new(Inner {
+                backend,
+                session,
+                jobs,
+                ended: false,
+            }),
+            cancel,
+            process: std::process::id(),
+        })
     }
-    result.map_err(|error| run_error(py, error))?;
-    serde_json::to_string(&sink.outcomes).map_err(|e| wrong("outcomes", e))
+
+    /// Advances every running sample by one step. With `events`, says what each decided.
+    ///
+    /// Raises whatever the engine raised, with a note; `Cancelled` where the flag is set. The session is over then.
+    fn turn(&self, py: Python<'_>, events: bool) -> PyResult<Turn> {
+        if std::process::id() != self.process {
+            return Err(PyRuntimeError::new_err(
+                "this session belongs to another process: after os.fork() the child must load its own ensemble",
+            ));
+        }
+        let mut sink = Collect {
+            outcomes: Vec::new(),
+            events: events.then(Vec::new),
+            interrupt: None,
+            cancel: self.cancel.as_ref().map(Py::get),
+            cancelled: false,
+        };
+        let result = py.detach(|| {
+            let mut inner = self.inner.lock().map_err(|_| None)?;
+            if inner.ended {
+                return Err(None);
+            }
+            let Inner {
+                backend,
+                session,
+                jobs,
+                ended,
+            } = &mut *inner;
+            let mut source = std::iter::from_fn(|| jobs.pop_front());
+            let turn = session.turn(backend, &mut source, &mut sink);
+            if !matches!(turn, Ok(true)) {
+                *ended = true;
+                session.close(backend);
+            }
+            turn.map_err(Some)
+        });
+        if let Some(interrupt) = sink.interrupt {
+            return Err(interrupt);
+        }
+        if sink.cancelled {
+            return Err(Cancelled::new_err("cancelled"));
+        }
+        let more = result.map_err(|error: Option<RunError>| match error {
+            Some(error) => run_error(py, error),
+            None => ProtocolError::new_err("the session has ended"),
+        })?;
+        let text = |value: Value| value.to_string();
+        let mut outcomes = Vec::with_capacity(sink.outcomes.len());
+        for mut outcome in sink.outcomes {
+            let packets = std::mem::take(&mut outcome.packets)
+                .into_iter()
+                .map(|(step, packet)| (step, PyPacket::new(packet)))
+                .collect();
+            let outcome = serde_json::to_string(&outcome)
+                .map_err(|e| ConfigError::new_err(format!("outcome: {e}")))?;
+            outcomes.push((outcome, packets));
+        }
+        let events = sink.events.unwrap_or_default();
+        Ok((
+            more,
+            events
+                .into_iter()
+                .map(|(event, packet)| (text(event), packet.map(PyPacket::new)))
+                .collect(),
+            outcomes,
+        ))
+    }
+
+    /// Frees the lanes of samples that have not finished. Harmless when called twice.
+    fn close(&self, py: Python<'_>) {
+        if std::process::id() != self.process {
+            return;
+        }
+        py.detach(|| {
+            if let Ok(mut inner) = self.inner.lock()
+                && !inner.ended
+            {
+                inner.ended = true;
+                let Inner {
+                    backend, session, ..
+                } = &mut *inner;
+                session.close(backend);
+            }
+        });
+    }
 }
 
 /// Runs the backend conformance kit on a loaded engine; `tolerance` bounds differences of

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod aggregate;
+pub mod answer;
 pub mod fold;
 pub mod paired;
 pub mod registry;
@@ -11,6 +12,7 @@ pub mod summary;
 pub mod yaml;
 
 pub use aggregate::{Aggregate, AggregateCell, AggregateError, aggregate, raw_batch};
+pub use answer::Answer;
 pub use registry::{
     CellKind, Comm, Experiment, Kv, Overrides, Plan, PlannedCell, REF, Registry, RegistryError,
     Setting, SoftMode, Unsupported,

@@ -1,6 +1,6 @@
 //! The raw row: one line of `raw/<ID>.jsonl` per (item, seed, sample).
 
-use dlmom_eval::{EXTRACTOR_VERSION, Item, Method, extract, score};
+use dlmom_eval::{CodeJudge, EXTRACTOR_VERSION, Item, JudgeError, Method, grade, read};
 use dlmom_runtime::{JobKey, MemoryStats, Outcome, Stop};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,7 @@ pub enum Failure {
     NanInf,
     /// Out of steps or context without an answer.
     Timeout,
-    /// Ended by itself without an answer that the extractor can read.
+    /// Ended by itself without an answer that the extractor can read, or with a program that does not compile.
     ParseFailure,
     /// The prompt or the backend failed.
     BackendError,
@@ -107,14 +107,15 @@ pub struct RawRow {
     pub correct: bool,
     /// The flexible answer is right; false for every failure.
     pub correct_flexible: bool,
-    /// The answer in a format that was asked for, canonical; null is none.
+    /// The answer in a format that was asked for: a canonical number, a letter, or the source of the program that was judged,
+    /// with what the prompt holds before it; null is none.
     pub answer: Option<String>,
-    /// The answer by any rule, canonical; null is none.
+    /// The answer by any rule; null is none.
     pub answer_flexible: Option<String>,
     /// The rule that found the flexible answer.
     #[schemars(schema_with = "method_schema")]
     pub answer_method: Method,
-    /// Gold answer as the data set writes it.
+    /// Gold answer: as the data set writes it, or the letter shown for the right option, or the reference solution.
     pub gold: String,
     /// Printed text.
     pub text: String,
@@ -172,7 +173,10 @@ pub struct RawRow {
 fn method_schema(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "string",
-        "enum": ["boxed", "hashes", "phrase", "last_number", "none", "truncated_reasoning"],
+        "enum": [
+            "boxed", "hashes", "phrase", "last_number", "marked", "option_text", "code_block", "definition", "continuation", "none",
+            "truncated_reasoning",
+        ],
     })
 }
 
@@ -222,17 +226,33 @@ pub enum RowError {
         /// The item given.
         item: String,
     },
+    /// The answer could not be judged. That is no failure of the sample, so there is no row.
+    #[error("item {item_id}, seed {seed}: {source}")]
+    Judge {
+        /// The item.
+        item_id: String,
+        /// The seed.
+        seed: u64,
+        /// Why.
+        source: JudgeError,
+    },
 }
 
 impl RawRow {
     /// Extracts, grades and labels an outcome.
     ///
     /// The label is `nan_inf` and `backend_error` by how the sample stopped; else, without a flexible answer, `timeout` where
-    /// steps or context ran out and `parse_failure` otherwise. Failed samples are wrong, whatever their text says.
+    /// steps or context ran out and `parse_failure` otherwise. Failed samples are wrong, whatever their text says. `judge` is
+    /// asked about programs only, and only where the sample did not fail; it takes the time that the program takes.
     ///
     /// # Errors
     /// [`RowError`].
-    pub fn new(context: &RowContext<'_>, outcome: &Outcome, item: &Item) -> Result<Self, RowError> {
+    pub fn new(
+        context: &RowContext<'_>,
+        outcome: &Outcome,
+        item: &Item,
+        judge: &mut dyn CodeJudge,
+    ) -> Result<Self, RowError> {
         if outcome.key.item_id != item.id {
             return Err(RowError::WrongItem {
                 outcome: outcome.key.item_id.clone(),
@@ -258,9 +278,17 @@ impl RawRow {
             Some(v) => finite(field, v).map(Some),
             None => Ok(None),
         };
-        let extraction = extract(&outcome.text);
-        let failure = failure_of(outcome.stop, extraction.flexible.is_some());
-        let verdict = score(&item.gold, &extraction);
+        let broken = matches!(outcome.stop, Stop::NanInf | Stop::Prompt | Stop::Backend);
+        let grade = if broken {
+            read(item, &outcome.text)
+        } else {
+            grade(item, &outcome.text, judge).map_err(|source| RowError::Judge {
+                item_id: outcome.key.item_id.clone(),
+                seed: outcome.key.seed,
+                source,
+            })?
+        };
+        let failure = failure_of(outcome.stop, grade.answer_flexible.is_some());
         let entropy = entropy_of(outcome, finite)?;
         let experiment = context.experiment;
         Ok(Self {
@@ -274,11 +302,11 @@ impl RawRow {
             sample: outcome.key.sample,
             deterministic: experiment.is_deterministic(),
             extractor_version: EXTRACTOR_VERSION,
-            correct: verdict.correct && failure.is_none(),
-            correct_flexible: verdict.correct_flexible && failure.is_none(),
-            answer: extraction.strict,
-            answer_flexible: extraction.flexible,
-            answer_method: extraction.method,
+            correct: grade.correct && failure.is_none(),
+            correct_flexible: grade.correct_flexible && failure.is_none(),
+            answer: grade.answer,
+            answer_flexible: grade.answer_flexible,
+            answer_method: grade.method,
             gold: item.gold.clone(),
             text: outcome.text.clone(),
             failure,

@@ -3,8 +3,10 @@
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
 
+use crate::answer::Answer;
 use crate::registry::{Experiment, SuitesFile};
 use crate::row::RawRow;
+use crate::rundir::TraceLine;
 
 /// The schemas by file name under `configs/schema/`, as committed: pretty JSON with a final line end.
 ///
@@ -15,6 +17,8 @@ pub fn schemas() -> Result<Vec<(&'static str, String)>, serde_json::Error> {
         ("suites.schema.json", root::<SuitesFile>()),
         ("experiment.schema.json", root::<Experiment>()),
         ("raw-row.schema.json", root::<RawRow>()),
+        ("trace-line.schema.json", root::<TraceLine>()),
+        ("answer.schema.json", root::<Answer>()),
     ]
     .into_iter()
     .map(|(name, schema)| Ok((name, serde_json::to_string_pretty(&schema)? + "\n")))

@@ -8,6 +8,7 @@ use dlmom_core::{AlphaUnit, ConsensusSpec, Gate, SamplingSpec, Start};
 use dlmom_runs::{
     CellKind, Comm, Experiment, Kv, Overrides, REF, Registry, Setting, SoftMode, Unsupported,
 };
+use dlmom_runtime::{Support, WireEncoding};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -36,6 +37,8 @@ fn reference() -> Experiment {
         answer_cue: None,
         k: 50,
         comm: Comm::Belief,
+        encoding: WireEncoding::F32,
+        support: Support::Full,
         kv: Kv::None,
         consensus: ConsensusSpec::Ties {
             theta: 0.1,
@@ -214,23 +217,17 @@ fn what_is_not_built_yet_is_named() {
             .unwrap_err()
             .to_string()
     };
-    plan(&["A1", "A2"], &[], ENSEMBLE)
-        .check_supported()
-        .unwrap();
-    plan(&["A1", "A2"], &[], SHARED).check_supported().unwrap();
+    for setting in [ENSEMBLE, SHARED] {
+        plan(&["A1", "A2", "A3"], &[], setting)
+            .check_supported()
+            .unwrap();
+    }
     plan(&[], &["A4.1"], SHARED).check_supported().unwrap();
     assert_eq!(
-        said(&["A3"], ENSEMBLE),
-        "A3.2: suite A3 is not built yet; suites A1 and A2 are"
-    );
-    assert_eq!(
         said(&["A4"], SHARED),
-        "A4.2: suite A4 is not built yet; suites A1 and A2 are"
+        "A4.2: kv: kivi2bit is not built yet; none is"
     );
     let mut own = reference();
-    own.comm = Comm::Logits;
-    assert!(matches!(own.loop_config(), Err(Unsupported::Comm { .. })));
-    own = reference();
     own.kv = Kv::Minicache;
     assert!(matches!(
         own.loop_config(),
@@ -239,18 +236,53 @@ fn what_is_not_built_yet_is_named() {
             ..
         })
     ));
-    own = reference();
-    own.k = -1;
-    assert!(matches!(
-        own.loop_config(),
-        Err(Unsupported::WholeVocabulary { .. })
+}
+
+#[test]
+fn cells_say_what_crosses_a_link() {
+    let links = |setting, overrides: &Overrides| {
+        Registry::builtin()
+            .unwrap()
+            .expand(&["A3".into()], &[], setting, overrides)
+            .unwrap()
+            .cells
+            .into_iter()
+            .map(|cell| {
+                let what = match &cell.kind {
+                    CellKind::Run => {
+                        let config = cell.experiment.loop_config().unwrap();
+                        config.validate(Some(491)).unwrap();
+                        let link = config.link;
+                        format!(
+                            "k {} {:?} {:?} {:?}",
+                            config.k, link.message, link.encoding, link.support
+                        )
+                    }
+                    CellKind::Alias { of } => format!("same as {of}"),
+                    CellKind::Skip { reason } => format!("skipped: {reason}"),
+                };
+                format!("{}: {what}\n", cell.experiment.id)
+            })
+            .collect::<String>()
+    };
+    let packet = Overrides {
+        support: Some(Support::Packet),
+        encoding: Some(WireEncoding::Compact),
+        ..Overrides::default()
+    };
+    let none = Overrides::default();
+    insta::assert_snapshot!(format!(
+        "experts of two models\n{}\nagents of one model\n{}\nthe same, compact packets up and down\n{}",
+        links(ENSEMBLE, &none),
+        links(SHARED, &none),
+        links(SHARED, &packet)
     ));
 }
 
 #[test]
 fn every_runnable_cell_is_a_valid_loop() {
     for setting in [ENSEMBLE, SHARED] {
-        for experiment in plan(&["A1", "A2"], &[], setting).runs() {
+        for experiment in plan(&["A1", "A2", "A3"], &[], setting).runs() {
             let config = experiment.loop_config().unwrap();
             config.validate(Some(491)).unwrap();
             assert_eq!(config.is_deterministic(), experiment.is_deterministic());

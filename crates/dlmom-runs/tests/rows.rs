@@ -4,11 +4,15 @@
 mod common;
 
 use common::{context, experiment, item, outcome, row};
-use dlmom_eval::Item;
+use dlmom_eval::{CodeJudge, Item, JudgeError, Method, NoJudge, Program, Task, Verdict};
 use dlmom_runs::{Failure, RawRow, RowContext, RowError};
 use dlmom_runtime::{MemoryStats, Outcome, Stop};
 
 fn recorded(outcome: &Outcome, item: &Item) -> Result<RawRow, RowError> {
+    judged(outcome, item, &mut NoJudge)
+}
+
+fn judged(outcome: &Outcome, item: &Item, judge: &mut dyn CodeJudge) -> Result<RawRow, RowError> {
     let experiment = experiment("A1.2");
     let hash = experiment.config_hash(&context()).expect("finite knobs");
     let context = RowContext {
@@ -18,7 +22,7 @@ fn recorded(outcome: &Outcome, item: &Item) -> Result<RawRow, RowError> {
         batch_size: 8,
         memory: MemoryStats::default(),
     };
-    RawRow::new(&context, outcome, item)
+    RawRow::new(&context, outcome, item, judge)
 }
 
 #[test]
@@ -142,4 +146,125 @@ fn an_outcome_of_another_item_is_refused() {
         error.to_string(),
         "outcome of item item-1 was paired with item item-2"
     );
+}
+
+/// Says the same about every program, and counts them.
+struct Says(Result<Verdict, JudgeError>, u32);
+
+impl CodeJudge for Says {
+    fn judge(&mut self, _: &Program<'_>) -> Result<Verdict, JudgeError> {
+        self.1 += 1;
+        self.0.clone()
+    }
+}
+
+#[test]
+fn programs_are_judged_and_only_those_of_samples_that_did_not_fail() {
+    let item = Item {
+        question: "def f(x):\n".into(),
+        gold: "    return x\n".into(),
+        task: Task::Code {
+            test: "def check(candidate):\n    assert candidate(1) == 1\n".into(),
+            entry_point: "f".into(),
+        },
+        ..item(1)
+    };
+    let mut sample = outcome(&item, 0, None, 2);
+    sample.text = "    return x".into();
+    let source = Some("def f(x):\n    return x".to_owned());
+    for (stop, verdict, correct, failure, answer) in [
+        (Stop::Eos, Verdict::Passed, true, None, &source),
+        (Stop::Budget, Verdict::Passed, true, None, &source),
+        (Stop::Eos, Verdict::Failed("E".into()), false, None, &source),
+        (Stop::Eos, Verdict::TimedOut, false, None, &source),
+        (
+            Stop::Eos,
+            Verdict::NoProgram,
+            false,
+            Some(Failure::ParseFailure),
+            &None,
+        ),
+        (
+            Stop::Budget,
+            Verdict::NoProgram,
+            false,
+            Some(Failure::Timeout),
+            &None,
+        ),
+        (
+            Stop::NanInf,
+            Verdict::Passed,
+            false,
+            Some(Failure::NanInf),
+            &source,
+        ),
+    ] {
+        sample.stop = stop;
+        let mut judge = Says(Ok(verdict), 0);
+        let row = judged(&sample, &item, &mut judge).unwrap();
+        assert_eq!((row.correct, row.correct_flexible), (correct, correct));
+        assert_eq!(
+            (row.failure, &row.answer, &row.error),
+            (failure, answer, &None)
+        );
+        assert_eq!(row.gold, item.gold);
+        assert_eq!(judge.1, u32::from(stop != Stop::NanInf));
+        let line = serde_json::to_string(&row).unwrap();
+        assert_eq!(serde_json::from_str::<RawRow>(&line).unwrap(), row);
+    }
+    sample.stop = Stop::Eos;
+    let broken = Err(JudgeError::Runner("no memory".into()));
+    let error = judged(&sample, &item, &mut Says(broken, 0)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "item item-1, seed 0: cannot judge code: the runner failed: no memory"
+    );
+}
+
+#[test]
+fn letters_are_graded_and_never_guessed() {
+    let item = Item {
+        gold: "B".into(),
+        task: Task::Choice {
+            options: vec!["fire".into(), "ice".into()],
+        },
+        ..item(1)
+    };
+    for (text, correct, flexible, failure, method) in [
+        ("#### B", true, true, None, Method::Hashes),
+        ("It is (B).", false, true, None, Method::Marked),
+        ("#### A", false, false, None, Method::Hashes),
+        (
+            "Who knows?",
+            false,
+            false,
+            Some(Failure::ParseFailure),
+            Method::None,
+        ),
+    ] {
+        let mut sample = outcome(&item, 0, None, 2);
+        sample.text = text.into();
+        let row = recorded(&sample, &item).unwrap();
+        assert_eq!(
+            (row.correct, row.correct_flexible),
+            (correct, flexible),
+            "{text}"
+        );
+        assert_eq!(
+            (row.failure, row.answer_method),
+            (failure, method),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn the_schema_names_every_method() {
+    let schema = serde_json::to_value(schemars::schema_for!(RawRow)).unwrap();
+    let named = &schema["properties"]["answer_method"]["enum"];
+    for method in Method::ALL {
+        let label = serde_json::to_value(method).unwrap();
+        assert!(named.as_array().unwrap().contains(&label), "{label}");
+    }
+    assert_eq!(named.as_array().unwrap().len(), Method::ALL.len());
 }

@@ -1,9 +1,11 @@
 //! From the logits of every row to the readout: one path for every backend whose logits are host slices.
 
-use dlmom_core::{Consensus, ConsensusSpec, Request, Scratch, compare_rows, read_row, stats};
+use dlmom_core::{Consensus, Request, RowReadout, Scratch, compare_rows, read_row, stats};
+use dlmom_packet::BeliefPacket;
 
-use crate::backend::{BackendError, EnsembleInfo, ReadRow, Readout, Row, Versus};
+use crate::backend::{BackendError, EnsembleInfo, Payload, ReadRow, Readout, Row, Versus};
 use crate::ids::{AgentId, SlotId};
+use crate::link::{Link, LinkError, Uplink, Wire, expand};
 
 /// Reusable buffers of [`assemble`].
 #[derive(Default)]
@@ -11,6 +13,10 @@ pub struct Assembler {
     scratch: Scratch,
     merged: [Vec<f32>; 2],
     centred: Vec<Vec<f32>>,
+    /// What consensus makes of the agents' messages, one row of logits for each.
+    received: Vec<Vec<f32>>,
+    own: RowReadout,
+    wire: Wire,
 }
 
 impl Assembler {
@@ -23,7 +29,7 @@ impl Assembler {
         &mut self,
         info: &EnsembleInfo,
         rows: &[Row<'_>],
-        consensus: &ConsensusSpec,
+        consensus: &dyn Consensus,
         logits: &dyn Fn(usize, AgentId) -> Option<&'a [f32]>,
         out: &mut Readout,
     ) -> Result<(), BackendError> {
@@ -56,8 +62,19 @@ impl Assembler {
             };
             let read = &mut out.rows[index];
             read.slot = Some(row.slot);
+            read.uplink_bytes = 0;
+            let seen: Vec<&[f32]> = match row.want.uplink {
+                None => experts,
+                Some(uplink) => {
+                    read.uplink_bytes = self.send_up(&experts, consensus, uplink)?;
+                    self.received[..experts.len()]
+                        .iter()
+                        .map(Vec::as_slice)
+                        .collect()
+                }
+            };
             read_row(
-                &experts,
+                &seen,
                 consensus,
                 &request,
                 &mut self.scratch,
@@ -71,12 +88,67 @@ impl Assembler {
         Ok(())
     }
 
+    /// Sends every expert's distribution up in the form of `uplink`; returns the bytes. A row that is not finite arrives
+    /// as it is, so that its flag stands.
+    fn send_up(
+        &mut self,
+        experts: &[&[f32]],
+        consensus: &dyn Consensus,
+        uplink: Uplink,
+    ) -> Result<u64, BackendError> {
+        let failed = |e: LinkError| BackendError::Invalid(e.to_string());
+        if self.received.len() < experts.len() {
+            self.received.resize_with(experts.len(), Vec::new);
+        }
+        let mut bytes = 0;
+        for (at, logits) in experts.iter().enumerate() {
+            let vocab = logits.len();
+            let request = Request {
+                top: uplink.k.map_or(vocab, |k| k as usize),
+                ..Request::default()
+            };
+            let own = &mut self.own;
+            read_row(&[logits], consensus, &request, &mut self.scratch, own);
+            let received = &mut self.received[at];
+            if own.finite != [true] {
+                received.clear();
+                received.extend_from_slice(logits);
+                continue;
+            }
+            if uplink.k.is_some() {
+                let packet =
+                    BeliefPacket::new(own.ids.clone(), own.probs.clone(), own.mass, vocab as u32)
+                        .map_err(|e| failed(e.into()))?;
+                let (packet, len) = self
+                    .wire
+                    .packet(&packet, uplink.meta, uplink.encoding)
+                    .map_err(failed)?;
+                bytes += len as u64;
+                expand(&packet, received);
+            } else {
+                let mut probs = vec![0.0_f32; vocab];
+                for (&id, &p) in own.ids.iter().zip(&own.probs) {
+                    probs[id as usize] = p;
+                }
+                let (probs, len) = self
+                    .wire
+                    .dense(&probs, uplink.meta, uplink.encoding)
+                    .map_err(failed)?;
+                bytes += len as u64;
+                received.clear();
+                // A probability that underflowed is as small as a float can say.
+                received.extend(probs.iter().map(|&p| p.max(f32::from_bits(1)).ln()));
+            }
+        }
+        Ok(bytes)
+    }
+
     fn versus<'a>(
         &mut self,
         index: usize,
         other: SlotId,
         rows: &[Row<'_>],
-        consensus: &ConsensusSpec,
+        consensus: &dyn Consensus,
         logits: &dyn Fn(usize, AgentId) -> Option<&'a [f32]>,
     ) -> Result<Option<Versus>, BackendError> {
         let reference = rows.iter().position(|r| r.slot == other).ok_or_else(|| {
@@ -165,7 +237,20 @@ pub fn check_rows(info: &EnsembleInfo, rows: &[Row<'_>]) -> Result<(), BackendEr
                     .flat_map(dlmom_packet::BeliefPacket::ids)
                     .find(|&&id| id >= model.vocab)
                     .copied(),
-                Feed::Payload(_) | Feed::Hidden { .. } => None,
+                Feed::Payload(payload) => {
+                    let (given, expected, what) = match payload {
+                        Payload::Embed { hidden, .. } => (*hidden, model.hidden, "embedding"),
+                        Payload::Dense { vocab, .. } => (*vocab, model.vocab, "distribution"),
+                    };
+                    if given != expected {
+                        return invalid(format!(
+                            "slot {}: {what} of width {given} for {}, which takes {expected}",
+                            row.slot, model.name
+                        ));
+                    }
+                    None
+                }
+                Feed::Hidden { .. } => None,
             };
             if let Some(id) = bad {
                 return invalid(format!(

@@ -1,10 +1,11 @@
 //! The boundary between decisions (Rust) and bytes (weights, KV caches, logits).
 
-use dlmom_core::{ConsensusSpec, Draw, RowReadout};
+use dlmom_core::{Consensus, Draw, RowReadout};
 use dlmom_packet::BeliefPacket;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{AgentId, LaneId, ModelId, SlotId};
+use crate::link::Uplink;
 
 /// What an agent is asked, before tokenisation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -210,6 +211,8 @@ pub struct Want<'a> {
     pub draw: Option<Draw>,
     /// Keep the last hidden states, so that a later [`Feed::Hidden`] may name this lane.
     pub hidden: bool,
+    /// Consensus sees only what the agents send up; `None` shows it every logit.
+    pub uplink: Option<Uplink>,
 }
 
 /// One row of an [`Backend::advance`] call.
@@ -243,6 +246,8 @@ pub struct ReadRow {
     pub read: RowReadout,
     /// Divergence, where it was asked for.
     pub versus: Option<Versus>,
+    /// Bytes the agents sent up, where [`Want::uplink`] asked for messages; 0 otherwise.
+    pub uplink_bytes: u64,
 }
 
 /// One small host buffer per call: a [`ReadRow`] for every row, in order.
@@ -250,6 +255,15 @@ pub struct ReadRow {
 pub struct Readout {
     /// The rows.
     pub rows: Vec<ReadRow>,
+}
+
+/// Input embeddings of packets, exactly as a model of this dtype would take them in.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Embeddings {
+    /// Row-major values `[packets, hidden]`, rounded to the model's dtype.
+    pub values: Vec<f32>,
+    /// Width of one embedding.
+    pub hidden: u32,
 }
 
 /// Memory in bytes at the moment of asking.
@@ -286,6 +300,14 @@ pub enum BackendError {
     /// The user asked to stop; the original exception, where there is one, travels along.
     #[error("cancelled")]
     Cancelled(Option<Box<dyn std::error::Error + Send + Sync>>),
+    /// A part that all rows share failed, a user's consensus for one: trying rows by themselves would not help.
+    #[error("{context}: {source}")]
+    Fatal {
+        /// Where.
+        context: String,
+        /// The original error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// An earlier failure left lanes in an unknown state; every later call says so.
     #[error("backend is poisoned by an earlier failure: {0}")]
     Poisoned(String),
@@ -335,9 +357,33 @@ pub trait Backend: Send {
     fn advance(
         &mut self,
         rows: &[Row<'_>],
-        consensus: &ConsensusSpec,
+        consensus: &dyn Consensus,
         out: &mut Readout,
     ) -> Result<(), BackendError>;
+
+    /// The mixture embeddings of packets under one model's table, without forwarding anything.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] where a backend has no embeddings.
+    fn embed(
+        &mut self,
+        model: ModelId,
+        packets: &[BeliefPacket],
+    ) -> Result<Embeddings, BackendError> {
+        let _ = packets;
+        Err(BackendError::Unsupported(format!(
+            "model {model} gives no embeddings"
+        )))
+    }
+
+    /// Lets the backend's compressor work on these lanes' caches; positions stay as they are.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] without a compressor, [`BackendError::Failed`] with its own error.
+    fn compress(&mut self, lanes: &[LaneId]) -> Result<(), BackendError> {
+        let _ = lanes;
+        Err(BackendError::Unsupported("no KV compressor is set".into()))
+    }
 
     /// Copies the first `upto` positions (all, where `None`) of one lane over another of the same model.
     ///

@@ -4,12 +4,17 @@ use dlmom_core::{ConsensusSpec, ControllerSpec, NoiseSpec, SamplingSpec, SpecErr
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::link::{LinkMessage, LinkSpec, Support, WireEncoding};
+
 /// Everything that decides the output of a sample, given its prompts, its seed and the models.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoopConfig {
-    /// Entries of a belief packet, at least 1 and at most the vocabulary.
-    pub k: u32,
+    /// Entries of a belief packet, at least 1 and at most the vocabulary; -1 is the whole vocabulary.
+    pub k: i64,
+    /// What crosses the links between agents and consensus.
+    #[serde(default)]
+    pub link: LinkSpec,
     /// Mode control.
     pub controller: ControllerSpec,
     /// How the experts' preferences meet.
@@ -31,13 +36,27 @@ pub struct LoopConfig {
 #[non_exhaustive]
 pub enum ConfigError {
     /// `k` is 0 or larger than the vocabulary.
-    #[error("k: {k} is outside 1..={vocab} (the vocabulary)")]
+    #[error("k: {k} is outside 1..={vocab} (the vocabulary), and not -1 for all of it")]
     K {
         /// The value.
-        k: u32,
+        k: i64,
         /// Its upper bound.
         vocab: u32,
     },
+    /// A whole-vocabulary message with a number of entries.
+    #[error("k: {k} with link.message: logits, which is the whole vocabulary; give -1")]
+    LogitsK {
+        /// The value.
+        k: i64,
+    },
+    /// A form that the encoding lacks.
+    #[error("link.encoding: compact is for packets; link.message is logits")]
+    CompactLogits,
+    /// An embedding cannot be merged by consensus.
+    #[error(
+        "link.support: packet needs link.message: belief or logits; consensus cannot merge embeddings"
+    )]
+    EmbedSupport,
     /// `max_steps` is 0.
     #[error("max_steps: must be at least 1")]
     MaxSteps,
@@ -60,11 +79,25 @@ impl LoopConfig {
     /// # Errors
     /// The first field that is out of range, named.
     pub fn validate(&self, vocab: Option<u32>) -> Result<(), ConfigError> {
-        if self.k == 0 || vocab.is_some_and(|v| self.k > v) {
+        let most = vocab.unwrap_or(u32::MAX);
+        if self.k != -1 && !(1..=i64::from(most)).contains(&self.k) {
             return Err(ConfigError::K {
                 k: self.k,
-                vocab: vocab.unwrap_or(u32::MAX),
+                vocab: most,
             });
+        }
+        let link = self.link;
+        match link.message {
+            LinkMessage::Logits if self.k != -1 => {
+                return Err(ConfigError::LogitsK { k: self.k });
+            }
+            LinkMessage::Logits if link.encoding == WireEncoding::Compact => {
+                return Err(ConfigError::CompactLogits);
+            }
+            LinkMessage::Embed if link.support == Support::Packet => {
+                return Err(ConfigError::EmbedSupport);
+            }
+            _ => {}
         }
         if self.max_steps == 0 {
             return Err(ConfigError::MaxSteps);
@@ -80,6 +113,12 @@ impl LoopConfig {
         self.noise.validate()?;
         self.sampling.validate()?;
         Ok(())
+    }
+
+    /// Entries of a packet over a vocabulary of `vocab` tokens.
+    #[must_use]
+    pub fn entries(&self, vocab: u32) -> u32 {
+        u32::try_from(self.k).unwrap_or(vocab)
     }
 
     /// Whether no draw can change an output, so that all seeds give one result.

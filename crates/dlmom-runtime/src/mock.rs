@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use dlmom_core::ConsensusSpec;
+use dlmom_core::Consensus;
 use dlmom_packet::BeliefPacket;
 
 use crate::assemble::{Assembler, check_rows};
 use crate::backend::{
-    Backend, BackendError, EnsembleInfo, Feed, LaneSpec, MemoryStats, ModelInfo, Payload,
-    PromptSource, Readout, Row,
+    Backend, BackendError, Embeddings, EnsembleInfo, Feed, LaneSpec, MemoryStats, ModelInfo,
+    Payload, PromptSource, Readout, Row,
 };
 use crate::ids::{AgentId, LaneId, ModelId, SlotId};
 
@@ -31,7 +31,14 @@ pub struct MockBackend {
     assembler: Assembler,
     /// Calls to `advance` that still succeed before one fails; `None` never fails.
     fail_after: Option<u64>,
+    /// Lanes of every call to `compress`, in order.
+    compressed: Vec<LaneId>,
 }
+
+/// Width of the mock's embeddings.
+const HIDDEN: u32 = 4;
+/// First pseudo-id of an embedding's coordinates.
+const EMBEDDED: u32 = 1 << 24;
 
 /// Positions that the hashed mock's logits look back on.
 const MEMORY: usize = 6;
@@ -62,7 +69,7 @@ impl MockBackend {
                 architecture: "Mock".into(),
                 vocab,
                 rows: vocab,
-                hidden: 1,
+                hidden: HIDDEN,
                 fingerprint: u64::from(vocab),
                 token_bytes: (0..vocab).map(|v| vec![b'a' + (v % 26) as u8]).collect(),
                 eos: vec![0],
@@ -86,12 +93,19 @@ impl MockBackend {
             script,
             assembler: Assembler::default(),
             fail_after: None,
+            compressed: Vec::new(),
         }
     }
 
     /// Lets `calls` further calls of `advance` succeed and the next ones fail without advancing.
     pub fn fail_after(&mut self, calls: Option<u64>) {
         self.fail_after = calls;
+    }
+
+    /// The lanes that were compressed, in order, once for every call.
+    #[must_use]
+    pub fn compressed(&self) -> &[LaneId] {
+        &self.compressed
     }
 
     /// The facts, for tests that need others.
@@ -120,9 +134,19 @@ impl MockBackend {
                         .collect()
                 })
                 .collect()),
-            Feed::Payload(Payload::Embed { .. }) | Feed::Hidden { .. } => Err(
-                BackendError::Unsupported("the mock has no embeddings or hidden states".into()),
-            ),
+            // Coordinates stand where ids would, beyond any vocabulary.
+            Feed::Payload(Payload::Embed { values, hidden }) => Ok(values
+                .chunks_exact((*hidden).max(1) as usize)
+                .map(|row| {
+                    row.iter()
+                        .enumerate()
+                        .map(|(at, &x)| (EMBEDDED + at as u32, x))
+                        .collect()
+                })
+                .collect()),
+            Feed::Hidden { .. } => Err(BackendError::Unsupported(
+                "the mock has no hidden states".into(),
+            )),
         }
     }
 }
@@ -224,7 +248,7 @@ impl Backend for MockBackend {
     fn advance(
         &mut self,
         rows: &[Row<'_>],
-        consensus: &ConsensusSpec,
+        consensus: &dyn Consensus,
         out: &mut Readout,
     ) -> Result<(), BackendError> {
         check_rows(&self.info, rows)?;
@@ -291,6 +315,31 @@ impl Backend for MockBackend {
             }
         }
         result
+    }
+
+    fn embed(&mut self, _: ModelId, packets: &[BeliefPacket]) -> Result<Embeddings, BackendError> {
+        let mut values = Vec::with_capacity(packets.len() * HIDDEN as usize);
+        for packet in packets {
+            for at in 0..u64::from(HIDDEN) {
+                let sum: f64 = packet
+                    .iter()
+                    .map(|(id, p)| {
+                        let unit = mix(u64::from(id) << 8 | at) as f64 / u64::MAX as f64 - 0.5;
+                        f64::from(p) * unit
+                    })
+                    .sum();
+                values.push(sum as f32);
+            }
+        }
+        Ok(Embeddings {
+            values,
+            hidden: HIDDEN,
+        })
+    }
+
+    fn compress(&mut self, lanes: &[LaneId]) -> Result<(), BackendError> {
+        self.compressed.extend_from_slice(lanes);
+        Ok(())
     }
 
     fn fork(&mut self, from: LaneId, to: LaneId, upto: Option<u32>) -> Result<(), BackendError> {

@@ -4,17 +4,19 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use dlmom_core::{
-    AlphaUnit, Controller, Draw, Force, GateController, Mode, Reason, RowReadout, Stream, noise,
-    normalized,
+    AlphaUnit, Consensus, Controller, ControllerFailure, Decision, Draw, Force, GateController,
+    Mode, Reason, RowReadout, Rule, RuleController, Stream, noise, normalized,
 };
-use dlmom_packet::{BeliefPacket, Encoding, Meta, decode_exact, encode_into, encoded_len};
+use dlmom_packet::{BeliefPacket, Meta, Scalar, embed_len};
 
 use crate::backend::{
-    Backend, BackendError, EnsembleInfo, Feed, LaneSpec, ModelInfo, ReadRow, Readout, Row, Want,
+    Backend, BackendError, EnsembleInfo, Feed, LaneSpec, ModelInfo, Payload, ReadRow, Readout, Row,
+    Want,
 };
 use crate::config::{ConfigError, LoopConfig};
 use crate::ids::{AgentId, LaneId, SlotId};
-use crate::outcome::{Job, Outcome, Stop};
+use crate::link::{Link, LinkMessage, Support, Uplink, Wire};
+use crate::outcome::{Job, JobKey, Outcome, Stop};
 use crate::sample::{Active, NextFeed, Step};
 
 /// Probability of the end tokens from which a latent sample is taken to be done thinking.
@@ -41,10 +43,59 @@ pub trait Sink {
         let _ = progress;
     }
 
+    /// A sample has decided its next input. Called once per sample and step, in the order of slots.
+    fn step(&mut self, event: &StepEvent<'_>) {
+        let _ = event;
+    }
+
     /// Asked before every step; `Break` ends the run with [`RunError::Interrupted`].
     fn poll(&mut self) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
+}
+
+/// One sample's decision, as it happens.
+#[derive(Clone, Copy, Debug)]
+pub struct StepEvent<'a> {
+    /// The sample.
+    pub key: &'a JobKey,
+    /// Decisions of the sample before this one.
+    pub step: u32,
+    /// The controller's decision.
+    pub decision: Decision,
+    /// Mean of the experts' normalised entropies.
+    pub entropy: f64,
+    /// The same in the controller's unit.
+    pub observed: f64,
+    /// What consensus read: experts' entropies, merged entropy, mass, most probable tokens.
+    pub read: &'a RowReadout,
+    /// The packet that the agents take in, in latent steps, as its receivers decoded it; for other messages the packet
+    /// they were made from.
+    pub packet: Option<&'a BeliefPacket>,
+    /// `KL(p' || p)` of the noise, nats; 0 in explicit steps.
+    pub noise_kl: f64,
+    /// The printed token of explicit steps; none for an end token, and where a cue is fed instead.
+    pub token: Option<u32>,
+    /// Bytes sent up and down in this step.
+    pub bytes: (u64, u64),
+    /// The model whose vocabulary the ids belong to.
+    pub model: &'a ModelInfo,
+}
+
+/// Makes a user's own gate for every sample.
+pub type RuleSource = dyn Fn(&JobKey) -> Result<Box<dyn Rule>, ControllerFailure> + Send;
+
+/// A user's own parts in place of the built-in ones.
+#[derive(Default)]
+pub struct Hooks {
+    /// In place of the gate; the specification's budget, cap and dwell still bind it.
+    pub rule: Option<Box<RuleSource>>,
+    /// In place of the configured operator.
+    pub consensus: Option<Box<dyn Consensus>>,
+    /// In place of the wire format.
+    pub link: Option<Box<dyn Link>>,
+    /// Lets the backend's compressor work on a lane after its prompt and whenever it has grown by this many positions.
+    pub compress_every: Option<u32>,
 }
 
 /// Behaviour of a run that no output depends on.
@@ -116,6 +167,16 @@ pub enum RunError {
         /// Its number of tokens.
         b_vocab: u32,
     },
+    /// Embeddings of one model mean nothing to another.
+    #[error(
+        "link.message: embed needs agents of one model, but there are {a} and {b}: an embedding of one means nothing to the other"
+    )]
+    EmbedLink {
+        /// First model.
+        a: String,
+        /// Another one.
+        b: String,
+    },
     /// The ensemble has no agent.
     #[error("an ensemble needs at least one agent")]
     NoAgents,
@@ -173,6 +234,8 @@ struct Ensemble {
     fingerprint: u64,
     eos: Vec<u32>,
     dtype_bytes: Vec<u64>,
+    /// Of embeddings on the wire.
+    scalar: Scalar,
     cue: Vec<Vec<u32>>,
 }
 
@@ -192,125 +255,310 @@ pub fn run(
     jobs: &mut dyn Iterator<Item = Job>,
     sink: &mut dyn Sink,
 ) -> Result<RunStats, RunError> {
-    let info = backend.info().clone();
-    check_vocabularies(&info)?;
-    let vocab = info.model_of(AgentId(0)).ok_or(RunError::NoAgents)?.vocab;
-    config.validate(Some(vocab))?;
-    let prototype = GateController::new(&config.controller).map_err(ConfigError::from)?;
-    let mut cue = Vec::new();
-    if let Some(text) = &config.answer_cue {
-        for &model in &info.agents {
-            let source = crate::PromptSource::Text { text: text.clone() };
-            cue.push(
-                backend
-                    .encode(model, &source)
-                    .map_err(|source| RunError::Backend {
-                        context: "answer_cue could not be tokenised".into(),
-                        source,
-                    })?,
-            );
-        }
-    }
-    let first = info.model_of(AgentId(0)).ok_or(RunError::NoAgents)?;
-    let ensemble = Ensemble {
-        agents: (0..info.agents.len() as u32).map(AgentId).collect(),
-        vocab,
-        fingerprint: first.fingerprint,
-        eos: first.eos.clone(),
-        dtype_bytes: info
-            .agents
-            .iter()
-            .map(
-                |m| match info.models.get(m.index()).map(|m| m.dtype.as_str()) {
-                    Some("fp32") => 4,
-                    _ => 2,
-                },
-            )
-            .collect(),
-        cue,
-    };
-    let mut state = Loop {
-        backend,
-        config,
-        info: &info,
-        ensemble,
-        slots: (0..options
-            .rows
-            .unwrap_or(info.slots)
-            .clamp(1, info.slots.max(1)))
-            .map(|_| None)
-            .collect(),
-        stats: RunStats::default(),
-        failures: 0,
-        max_failures: options.max_failures.max(1),
-        prototype,
-        wire: Vec::new(),
-    };
-    let started = Instant::now();
-    let result = state.drive(jobs, sink);
-    state.stats.wall_s = started.elapsed().as_secs_f64();
-    let open: Vec<SlotId> = state.occupied();
-    state.backend.close(&open);
-    result.map(|()| state.stats)
+    run_with(backend, config, options, Hooks::default(), jobs, sink)
 }
 
-struct Loop<'a> {
-    backend: &'a mut dyn Backend,
-    config: &'a LoopConfig,
-    info: &'a EnsembleInfo,
+/// [`run`] with a user's own parts.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with(
+    backend: &mut dyn Backend,
+    config: &LoopConfig,
+    options: &RunOptions,
+    hooks: Hooks,
+    jobs: &mut dyn Iterator<Item = Job>,
+    sink: &mut dyn Sink,
+) -> Result<RunStats, RunError> {
+    let mut session = Session::new(backend, config, options, hooks)?;
+    let result = loop {
+        match session.turn(backend, jobs, sink) {
+            Ok(true) => {}
+            Ok(false) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+    };
+    session.close(backend);
+    result.map(|()| session.stats())
+}
+
+/// A run between its first step and its last, for callers that want the steps one at a time.
+///
+/// The backend is handed in anew for every turn and must be the same one.
+pub struct Session {
+    config: LoopConfig,
+    info: EnsembleInfo,
     ensemble: Ensemble,
     slots: Vec<Option<Active>>,
     stats: RunStats,
     failures: u32,
     max_failures: u32,
     prototype: GateController,
-    wire: Vec<u8>,
+    rule: Option<Box<RuleSource>>,
+    consensus: Box<dyn Consensus>,
+    link: Box<dyn Link>,
+    compress_every: Option<u32>,
+    readout: Readout,
+    started: Instant,
+    last_report: Instant,
+    exhausted: bool,
 }
 
-impl Loop<'_> {
+impl Session {
+    /// Checks the configuration against the loaded models; nothing runs yet.
+    ///
+    /// # Errors
+    /// [`RunError::Config`], [`RunError::Vocabulary`], [`RunError::EmbedLink`] or a cue that cannot be tokenised.
+    pub fn new(
+        backend: &mut dyn Backend,
+        config: &LoopConfig,
+        options: &RunOptions,
+        hooks: Hooks,
+    ) -> Result<Self, RunError> {
+        let info = backend.info().clone();
+        check_vocabularies(&info)?;
+        let vocab = info.model_of(AgentId(0)).ok_or(RunError::NoAgents)?.vocab;
+        config.validate(Some(vocab))?;
+        if config.link.message == LinkMessage::Embed
+            && let Some(other) = info.agents.iter().find(|&&m| m != info.agents[0])
+        {
+            let name = |m: crate::ModelId| info.models[m.index()].name.clone();
+            return Err(RunError::EmbedLink {
+                a: name(info.agents[0]),
+                b: name(*other),
+            });
+        }
+        let prototype = GateController::new(&config.controller).map_err(ConfigError::from)?;
+        let mut cue = Vec::new();
+        if let Some(text) = &config.answer_cue {
+            for &model in &info.agents {
+                let source = crate::PromptSource::Text { text: text.clone() };
+                cue.push(
+                    backend
+                        .encode(model, &source)
+                        .map_err(|source| RunError::Backend {
+                            context: "answer_cue could not be tokenised".into(),
+                            source,
+                        })?,
+                );
+            }
+        }
+        let first = info.model_of(AgentId(0)).ok_or(RunError::NoAgents)?;
+        let ensemble = Ensemble {
+            agents: (0..info.agents.len() as u32).map(AgentId).collect(),
+            vocab,
+            fingerprint: first.fingerprint,
+            eos: first.eos.clone(),
+            dtype_bytes: info
+                .agents
+                .iter()
+                .map(
+                    |m| match info.models.get(m.index()).map(|m| m.dtype.as_str()) {
+                        Some("fp32") => 4,
+                        _ => 2,
+                    },
+                )
+                .collect(),
+            scalar: match first.dtype.as_str() {
+                "bf16" => Scalar::Bf16,
+                "fp16" => Scalar::F16,
+                _ => Scalar::F32,
+            },
+            cue,
+        };
+        let now = Instant::now();
+        Ok(Self {
+            slots: (0..options
+                .rows
+                .unwrap_or(info.slots)
+                .clamp(1, info.slots.max(1)))
+                .map(|_| None)
+                .collect(),
+            config: config.clone(),
+            info,
+            ensemble,
+            stats: RunStats::default(),
+            failures: 0,
+            max_failures: options.max_failures.max(1),
+            prototype,
+            rule: hooks.rule,
+            consensus: hooks
+                .consensus
+                .unwrap_or_else(|| Box::new(config.consensus.clone())),
+            link: hooks.link.unwrap_or_else(|| Box::new(Wire::default())),
+            compress_every: hooks.compress_every,
+            readout: Readout::default(),
+            started: now,
+            last_report: now,
+            exhausted: false,
+        })
+    }
+
+    /// What has been done so far.
+    #[must_use]
+    pub fn stats(&self) -> RunStats {
+        RunStats {
+            wall_s: self.started.elapsed().as_secs_f64(),
+            ..self.stats
+        }
+    }
+
+    /// Frees the lanes of whatever is still in slots.
+    pub fn close(&mut self, backend: &mut dyn Backend) {
+        let open = self.occupied();
+        self.slots.iter_mut().for_each(|slot| *slot = None);
+        backend.close(&open);
+    }
+
+    /// Admits waiting samples and advances every occupied slot by one call; false once nothing is left.
+    ///
+    /// # Errors
+    /// See [`RunError`]. The caller then closes the session.
+    pub fn turn(
+        &mut self,
+        backend: &mut dyn Backend,
+        jobs: &mut dyn Iterator<Item = Job>,
+        sink: &mut dyn Sink,
+    ) -> Result<bool, RunError> {
+        if sink.poll().is_break() {
+            return Err(RunError::Interrupted(None));
+        }
+        if !self.exhausted {
+            self.exhausted = self.admit(backend, jobs, sink)?;
+        }
+        let active = self.occupied();
+        if active.is_empty() {
+            return Ok(!self.exhausted);
+        }
+        if self.last_report.elapsed() >= PROGRESS_INTERVAL {
+            self.last_report = Instant::now();
+            sink.progress(&self.progress(active.len()));
+        }
+        match self.advance(backend, &active) {
+            Ok(()) => {
+                self.failures = 0;
+                self.settle_all(backend, sink)?;
+            }
+            Err(error) => self.isolate(backend, &active, error, sink)?,
+        }
+        Ok(true)
+    }
+
+    /// Settles every row of the readout, then carries what has to be computed by the backend first.
+    fn settle_all(
+        &mut self,
+        backend: &mut dyn Backend,
+        sink: &mut dyn Sink,
+    ) -> Result<(), RunError> {
+        let readout = std::mem::take(&mut self.readout);
+        let result = readout
+            .rows
+            .iter()
+            .try_for_each(|row| self.settle(backend, row, sink));
+        let slots: Vec<SlotId> = readout.rows.iter().filter_map(|row| row.slot).collect();
+        self.readout = readout;
+        result?;
+        self.send_embeddings(backend, &slots)?;
+        self.compress(backend, &slots)
+    }
+
+    /// Turns packets that travel as embeddings into what their receivers decode.
+    fn send_embeddings(
+        &mut self,
+        backend: &mut dyn Backend,
+        slots: &[SlotId],
+    ) -> Result<(), RunError> {
+        let mut waiting = Vec::new();
+        let mut packets = Vec::new();
+        for &slot in slots {
+            if let Some(active) = &self.slots[slot.index()]
+                && let NextFeed::Embed(packet) = &active.next
+            {
+                waiting.push(slot);
+                packets.push(packet.clone());
+            }
+        }
+        if packets.is_empty() {
+            return Ok(());
+        }
+        let steps = self.stats.steps;
+        let failed = |source: BackendError| match source {
+            BackendError::Cancelled(source) => RunError::Interrupted(source),
+            source => RunError::Backend {
+                context: format!("mixture embeddings after backend call {steps}"),
+                source,
+            },
+        };
+        let started = Instant::now();
+        let result = backend.embed(self.info.agents[0], &packets);
+        self.stats.backend_s += started.elapsed().as_secs_f64();
+        let embeddings = result.map_err(failed)?;
+        let hidden = embeddings.hidden;
+        if hidden != self.first_model().hidden
+            || embeddings.values.len() != packets.len() * hidden as usize
+        {
+            return Err(failed(BackendError::Poisoned(format!(
+                "{} embedding values for {} packets of width {hidden}",
+                embeddings.values.len(),
+                packets.len()
+            ))));
+        }
+        let rows = embeddings.values.chunks_exact(hidden as usize);
+        for (&slot, values) in waiting.iter().zip(rows) {
+            let Some(active) = &mut self.slots[slot.index()] else {
+                continue;
+            };
+            let meta = meta_of(self.ensemble.fingerprint, active);
+            let (values, _) = self
+                .link
+                .embed(values, meta, self.ensemble.scalar)
+                .map_err(|e| failed(BackendError::Invalid(e.to_string())))?;
+            active.next = NextFeed::Payload(Payload::Embed { values, hidden });
+        }
+        Ok(())
+    }
+
+    /// Lets the compressor work on the lanes that have grown enough.
+    fn compress(&mut self, backend: &mut dyn Backend, slots: &[SlotId]) -> Result<(), RunError> {
+        let Some(every) = self.compress_every else {
+            return Ok(());
+        };
+        let mut due = Vec::new();
+        for &slot in slots {
+            let Some(active) = &mut self.slots[slot.index()] else {
+                continue;
+            };
+            for (index, &length) in active.lengths.iter().enumerate() {
+                let last = active.compressed_at[index];
+                if last == 0 || length - last >= every.max(1) {
+                    active.compressed_at[index] = length;
+                    due.push(LaneId {
+                        slot,
+                        agent: self.ensemble.agents[index],
+                    });
+                }
+            }
+        }
+        if due.is_empty() {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let result = backend.compress(&due);
+        self.stats.backend_s += started.elapsed().as_secs_f64();
+        result.map_err(|source| match source {
+            BackendError::Cancelled(source) => RunError::Interrupted(source),
+            source => RunError::Backend {
+                context: format!("KV compression after backend call {}", self.stats.steps),
+                source,
+            },
+        })
+    }
+
     fn occupied(&self) -> Vec<SlotId> {
         (0..self.slots.len())
             .filter(|&s| self.slots[s].is_some())
             .map(|s| SlotId(s as u32))
             .collect()
-    }
-
-    fn drive(
-        &mut self,
-        jobs: &mut dyn Iterator<Item = Job>,
-        sink: &mut dyn Sink,
-    ) -> Result<(), RunError> {
-        let mut readout = Readout::default();
-        let mut last_report = Instant::now();
-        let mut exhausted = false;
-        loop {
-            if sink.poll().is_break() {
-                return Err(RunError::Interrupted(None));
-            }
-            if !exhausted {
-                exhausted = self.admit(jobs, sink)?;
-            }
-            let active = self.occupied();
-            if active.is_empty() {
-                if exhausted {
-                    return Ok(());
-                }
-                continue;
-            }
-            if last_report.elapsed() >= PROGRESS_INTERVAL {
-                last_report = Instant::now();
-                sink.progress(&self.progress(active.len()));
-            }
-            match self.advance(&active, &mut readout) {
-                Ok(()) => {
-                    self.failures = 0;
-                    for row in &readout.rows {
-                        self.settle(row, sink)?;
-                    }
-                }
-                Err(error) => self.isolate(&active, error, &mut readout, sink)?,
-            }
-        }
     }
 
     /// The model whose token bytes print the answer; all agents share its vocabulary.
@@ -330,6 +578,7 @@ impl Loop<'_> {
     /// Fills free slots; true once there is nothing left to admit.
     fn admit(
         &mut self,
+        backend: &mut dyn Backend,
         jobs: &mut dyn Iterator<Item = Job>,
         sink: &mut dyn Sink,
     ) -> Result<bool, RunError> {
@@ -345,10 +594,11 @@ impl Loop<'_> {
                         agents: self.ensemble.agents.len(),
                     });
                 }
-                match self.start(SlotId(slot as u32), job) {
+                let controller = self.controller(&job.key)?;
+                match self.start(backend, SlotId(slot as u32), Active::new(job, controller)) {
                     Ok(active) => self.slots[slot] = Some(active),
                     Err((active, stop, error)) => {
-                        self.finish(*active, stop, Some(error), sink)?;
+                        self.finish(backend, *active, stop, Some(error), sink)?;
                     }
                 }
             }
@@ -356,13 +606,27 @@ impl Loop<'_> {
         Ok(false)
     }
 
-    fn start(&mut self, slot: SlotId, job: Job) -> Result<Active, (Box<Active>, Stop, String)> {
-        let mut active = Active::new(job, self.prototype.clone());
+    fn controller(&self, key: &JobKey) -> Result<Box<dyn Controller>, RunError> {
+        let Some(source) = &self.rule else {
+            return Ok(Box::new(self.prototype.clone()));
+        };
+        let rule = source(key).map_err(|e| rule_failure(key, e))?;
+        Ok(Box::new(
+            RuleController::new(&self.config.controller, rule).map_err(ConfigError::from)?,
+        ))
+    }
+
+    fn start(
+        &mut self,
+        backend: &mut dyn Backend,
+        slot: SlotId,
+        mut active: Active,
+    ) -> Result<Active, (Box<Active>, Stop, String)> {
         let mut lanes = Vec::with_capacity(self.ensemble.agents.len());
         let mut prompts = Vec::with_capacity(self.ensemble.agents.len());
         for (index, &agent) in self.ensemble.agents.iter().enumerate() {
             let model = self.info.agents[index];
-            let ids = match self.backend.encode(model, &active.job.prompts[index]) {
+            let ids = match backend.encode(model, &active.job.prompts[index]) {
                 Ok(ids) => ids,
                 Err(error) => return Err((Box::new(active), Stop::Prompt, error.to_string())),
             };
@@ -381,86 +645,110 @@ impl Loop<'_> {
             });
             active.limits.push(limit);
             active.lengths.push(0);
+            active.compressed_at.push(0);
             active.prompt_tokens.push(length);
             prompts.push(ids);
         }
         active.next = NextFeed::Tokens(prompts);
-        match self.backend.open(&lanes) {
+        match backend.open(&lanes) {
             Ok(()) => Ok(active),
             Err(error) => Err((Box::new(active), Stop::Backend, error.to_string())),
         }
     }
 
-    /// One backend call over `slots`, all of them occupied.
-    fn advance(&mut self, slots: &[SlotId], readout: &mut Readout) -> Result<(), BackendError> {
-        let draws: Vec<Option<Draw>> = slots
+    /// One backend call over `slots`, all of them occupied, into the session's readout.
+    fn advance(&mut self, backend: &mut dyn Backend, slots: &[SlotId]) -> Result<(), BackendError> {
+        let k = self.config.entries(self.ensemble.vocab);
+        let link = self.config.link;
+        let sampling = self.config.sampling;
+        let fingerprint = self.ensemble.fingerprint;
+        let mut readout = std::mem::take(&mut self.readout);
+        let actives: Vec<&Active> = slots
             .iter()
-            .map(|slot| {
-                let active = self.slots[slot.index()].as_ref()?;
-                (!self.config.sampling.is_greedy()).then(|| Draw {
-                    sampling: self.config.sampling,
-                    stream: active.stream(),
-                })
-            })
+            .filter_map(|slot| self.slots[slot.index()].as_ref())
             .collect();
-        let feeds: Vec<Vec<(AgentId, Feed<'_>)>> = slots
+        let feeds: Vec<Vec<(AgentId, Feed<'_>)>> = actives
             .iter()
-            .map(
-                |slot| match self.slots[slot.index()].as_ref().map(|a| &a.next) {
-                    Some(NextFeed::Tokens(tokens)) => self
-                        .ensemble
-                        .agents
-                        .iter()
-                        .zip(tokens)
-                        .map(|(&agent, ids)| (agent, Feed::Tokens(ids)))
-                        .collect(),
-                    Some(NextFeed::Packet(packet)) => self
-                        .ensemble
-                        .agents
-                        .iter()
-                        .map(|&agent| (agent, Feed::Packets(std::slice::from_ref(packet))))
-                        .collect(),
-                    None => Vec::new(),
-                },
-            )
-            .collect();
+            .map(|active| self.feeds(&active.next))
+            .collect::<Result<_, _>>()?;
         let rows: Vec<Row<'_>> = slots
             .iter()
+            .zip(&actives)
             .zip(&feeds)
-            .zip(&draws)
-            .map(|((&slot, feeds), &draw)| Row {
+            .map(|((&slot, active), feeds)| Row {
                 slot,
                 feeds,
                 merge: &self.ensemble.agents,
                 want: Want {
-                    top: self.config.k,
-                    draw,
+                    top: k,
+                    draw: (!sampling.is_greedy()).then(|| Draw {
+                        sampling,
+                        stream: active.stream(),
+                    }),
+                    uplink: (link.support == Support::Packet).then(|| Uplink {
+                        k: (link.message == LinkMessage::Belief).then_some(k),
+                        encoding: link.encoding,
+                        meta: meta_of(fingerprint, active),
+                    }),
                     ..Want::default()
                 },
             })
             .collect();
         let started = Instant::now();
-        let result = self.backend.advance(&rows, &self.config.consensus, readout);
-        self.stats.backend_s += started.elapsed().as_secs_f64();
+        let result = backend.advance(&rows, &*self.consensus, &mut readout);
+        let spent = started.elapsed().as_secs_f64();
+        let advanced = rows.len() as u64;
+        self.readout = readout;
+        self.stats.backend_s += spent;
         self.stats.steps += 1;
         result?;
-        self.stats.rows += rows.len() as u64;
-        if readout.rows.len() != slots.len() {
+        self.stats.rows += advanced;
+        if self.readout.rows.len() != slots.len() {
             return Err(BackendError::Poisoned(format!(
                 "readout of {} rows for {} rows",
-                readout.rows.len(),
+                self.readout.rows.len(),
                 slots.len()
             )));
         }
-        Ok(())
+        match self.consensus.take_failure() {
+            // The lanes have advanced on preferences that nobody merged: there is no way on.
+            Some(source) => Err(BackendError::Fatal {
+                context: format!("consensus `{}`", self.consensus.name()),
+                source,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn feeds<'f>(&self, next: &'f NextFeed) -> Result<Vec<(AgentId, Feed<'f>)>, BackendError> {
+        let agents = &self.ensemble.agents;
+        let all = |feed: Feed<'f>| agents.iter().map(|&agent| (agent, feed)).collect();
+        Ok(match next {
+            NextFeed::Tokens(tokens) => agents
+                .iter()
+                .zip(tokens)
+                .map(|(&agent, ids)| (agent, Feed::Tokens(ids)))
+                .collect(),
+            NextFeed::Packet(packet) => all(Feed::Packets(std::slice::from_ref(packet))),
+            NextFeed::Payload(payload) => all(Feed::Payload(payload)),
+            NextFeed::Embed(_) => {
+                return Err(BackendError::Invalid(
+                    "a packet is waiting to be embedded".into(),
+                ));
+            }
+        })
+    }
+
+    fn meta(&self, active: &Active) -> Meta {
+        meta_of(self.ensemble.fingerprint, active)
     }
 
     /// After a failed call nothing has advanced: tries every row once more, by itself. Those that fail again end, the others go on.
     fn isolate(
         &mut self,
+        backend: &mut dyn Backend,
         slots: &[SlotId],
         error: BackendError,
-        readout: &mut Readout,
         sink: &mut dyn Sink,
     ) -> Result<(), RunError> {
         let fatal = |error: BackendError, steps: u64| match error {
@@ -472,7 +760,7 @@ impl Loop<'_> {
         };
         if matches!(
             error,
-            BackendError::Cancelled(_) | BackendError::Poisoned(_)
+            BackendError::Cancelled(_) | BackendError::Poisoned(_) | BackendError::Fatal { .. }
         ) {
             return Err(fatal(error, self.stats.steps));
         }
@@ -480,23 +768,24 @@ impl Loop<'_> {
             if sink.poll().is_break() {
                 return Err(RunError::Interrupted(None));
             }
-            let outcome = self.advance(&[slot], readout);
-            match outcome {
+            match self.advance(backend, &[slot]) {
                 Ok(()) => {
                     self.failures = 0;
-                    for row in &readout.rows {
-                        self.settle(row, sink)?;
-                    }
+                    self.settle_all(backend, sink)?;
                 }
-                Err(error @ (BackendError::Cancelled(_) | BackendError::Poisoned(_))) => {
+                Err(
+                    error @ (BackendError::Cancelled(_)
+                    | BackendError::Poisoned(_)
+                    | BackendError::Fatal { .. }),
+                ) => {
                     return Err(fatal(error, self.stats.steps));
                 }
                 Err(error) => {
                     self.failures += 1;
                     let line = one_line(&error);
                     if let Some(active) = self.slots[slot.index()].take() {
-                        self.backend.close(&[slot]);
-                        self.finish(active, Stop::Backend, Some(line), sink)?;
+                        backend.close(&[slot]);
+                        self.finish(backend, active, Stop::Backend, Some(line), sink)?;
                     }
                     if self.failures >= self.max_failures {
                         return Err(fatal(error, self.stats.steps));
@@ -508,23 +797,33 @@ impl Loop<'_> {
     }
 
     /// Turns one row's readout into the sample's next input, or its end.
-    fn settle(&mut self, row: &ReadRow, sink: &mut dyn Sink) -> Result<(), RunError> {
+    fn settle(
+        &mut self,
+        backend: &mut dyn Backend,
+        row: &ReadRow,
+        sink: &mut dyn Sink,
+    ) -> Result<(), RunError> {
         let Some(slot) = row.slot else { return Ok(()) };
         let Some(mut active) = self.slots.get_mut(slot.index()).and_then(Option::take) else {
             return Ok(());
         };
-        match self.decide(&mut active, &row.read) {
+        match self.decide(&mut active, row, sink) {
             Ok(None) => {
                 self.slots[slot.index()] = Some(active);
                 Ok(())
             }
             Ok(Some(stop)) => {
-                self.backend.close(&[slot]);
-                self.finish(active, stop, None, sink)
+                backend.close(&[slot]);
+                self.finish(backend, active, stop, None, sink)
             }
-            Err((stop, error)) => {
-                self.backend.close(&[slot]);
-                self.finish(active, stop, Some(error), sink)
+            Err(End::Sample(stop, error)) => {
+                backend.close(&[slot]);
+                self.finish(backend, active, stop, Some(error), sink)
+            }
+            Err(End::Run(error)) => {
+                // Still in its slot, so that closing the session frees its lanes.
+                self.slots[slot.index()] = Some(active);
+                Err(error)
             }
         }
     }
@@ -532,8 +831,10 @@ impl Loop<'_> {
     fn decide(
         &mut self,
         active: &mut Active,
-        read: &RowReadout,
-    ) -> Result<Option<Stop>, (Stop, String)> {
+        row: &ReadRow,
+        sink: &mut dyn Sink,
+    ) -> Result<Option<Stop>, End> {
+        let read = &row.read;
         let experts = self.ensemble.agents.len();
         for (length, fed) in active
             .lengths
@@ -547,7 +848,7 @@ impl Loop<'_> {
                 .info
                 .model_of(AgentId(bad as u32))
                 .map_or("?", |m| m.name.as_str());
-            return Err((
+            return Err(End::Sample(
                 Stop::NanInf,
                 format!(
                     "NaN or Inf in the logits of {name} at step {}",
@@ -555,15 +856,14 @@ impl Loop<'_> {
                 ),
             ));
         }
-        if experts > 1 {
-            let vocab = u64::from(self.ensemble.vocab);
-            active.uplink += self
-                .ensemble
-                .dtype_bytes
-                .iter()
-                .map(|b| b * vocab)
-                .sum::<u64>();
-        }
+        let sent = (active.uplink, active.downlink);
+        active.uplink += match self.config.link.support {
+            Support::Full => {
+                let vocab = u64::from(self.ensemble.vocab);
+                self.ensemble.dtype_bytes.iter().map(|b| b * vocab).sum()
+            }
+            Support::Packet => row.uplink_bytes,
+        };
         let nats = read.entropies.iter().sum::<f64>() / read.entropies.len().max(1) as f64;
         let entropy = normalized(nats, self.ensemble.vocab as usize);
         let observed = match self.config.controller.alpha_unit {
@@ -580,19 +880,43 @@ impl Loop<'_> {
         } else {
             None
         };
-        let decision = active.controller.observe(observed, force);
+        let decision = active
+            .controller
+            .observe(observed, force)
+            .map_err(|e| End::Run(rule_failure(&active.job.key, e)))?;
         active.note_entropy(entropy);
         let stream = active.stream();
+        let at = active.observed;
         active.observed += 1;
         let step = Step {
             decision,
             entropy,
             observed,
         };
-        match decision.mode {
+        let (ended, taken) = match decision.mode {
             Mode::Latent => self.latent(active, read, &stream, step),
             Mode::Explicit => self.explicit(active, read, step),
         }
+        .map_err(|(stop, error)| End::Sample(stop, error))?;
+        sink.step(&StepEvent {
+            key: &active.job.key,
+            step: at,
+            decision,
+            entropy,
+            observed,
+            read,
+            packet: taken.packet.as_ref(),
+            noise_kl: taken.kl,
+            token: taken.token,
+            bytes: (active.uplink - sent.0, active.downlink - sent.1),
+            model: self.first_model(),
+        });
+        if let Some(packet) = taken.packet
+            && active.trace.is_some()
+        {
+            active.packets.push((at, packet));
+        }
+        Ok(ended)
     }
 
     fn latent(
@@ -601,7 +925,7 @@ impl Loop<'_> {
         read: &RowReadout,
         stream: &Stream,
         step: Step,
-    ) -> Result<Option<Stop>, (Stop, String)> {
+    ) -> Result<(Option<Stop>, Taken), (Stop, String)> {
         let fail = |error: String| (Stop::Backend, error);
         let noised = noise::apply(&self.config.noise, &read.ids, &read.probs, stream)
             .map_err(|e| fail(e.to_string()))?;
@@ -612,20 +936,39 @@ impl Loop<'_> {
             self.ensemble.vocab,
         )
         .map_err(|e| fail(e.to_string()))?;
-        self.wire.clear();
-        let meta = Meta {
-            fingerprint: self.ensemble.fingerprint,
-            step: active.explicit + active.latent,
+        let agents = self.ensemble.agents.len() as u64;
+        let meta = self.meta(active);
+        let encoding = self.config.link.encoding;
+        // Receivers are fed what came through the link, so that its bytes are the real ones.
+        let (next, taken) = match self.config.link.message {
+            LinkMessage::Belief => {
+                let (received, bytes) = self
+                    .link
+                    .packet(&packet, meta, encoding)
+                    .map_err(|e| fail(e.to_string()))?;
+                active.downlink += bytes as u64 * agents;
+                (NextFeed::Packet(received.clone()), received)
+            }
+            LinkMessage::Logits => {
+                let mut probs = vec![0.0_f32; self.ensemble.vocab as usize];
+                for (id, p) in packet.iter() {
+                    probs[id as usize] = p;
+                }
+                let (probs, bytes) = self
+                    .link
+                    .dense(&probs, meta, encoding)
+                    .map_err(|e| fail(e.to_string()))?;
+                active.downlink += bytes as u64 * agents;
+                let vocab = self.ensemble.vocab;
+                (NextFeed::Payload(Payload::Dense { probs, vocab }), packet)
+            }
+            LinkMessage::Embed => {
+                // Its length is known before the backend has mixed it.
+                let hidden = self.first_model().hidden as usize;
+                active.downlink += embed_len(hidden, self.ensemble.scalar) as u64 * agents;
+                (NextFeed::Embed(packet.clone()), packet)
+            }
         };
-        let bytes = encode_into(&packet, meta, Encoding::F32, &mut self.wire)
-            .map_err(|e| fail(e.to_string()))?;
-        // Receivers are fed what came through the codec, so that its bytes are the real ones.
-        let received = decode_exact(&self.wire)
-            .map_err(|e| fail(e.to_string()))?
-            .packet;
-        if self.ensemble.agents.len() > 1 {
-            active.downlink += bytes as u64 * self.ensemble.agents.len() as u64;
-        }
         active.latent += 1;
         active.mass_sum += f64::from(read.mass);
         active.kl_sum += noised.kl;
@@ -642,11 +985,16 @@ impl Loop<'_> {
             step,
             noised.kl,
             None,
-            Some(&received),
-            self.first_model(),
+            Some(&taken),
+            &self.info.models[self.info.agents[0].index()],
         );
-        active.next = NextFeed::Packet(received);
-        Ok(self.spent(active))
+        active.next = next;
+        let taken = Taken {
+            packet: Some(taken),
+            kl: noised.kl,
+            token: None,
+        };
+        Ok((self.spent(active), taken))
     }
 
     fn explicit(
@@ -654,7 +1002,7 @@ impl Loop<'_> {
         active: &mut Active,
         read: &RowReadout,
         step: Step,
-    ) -> Result<Option<Stop>, (Stop, String)> {
+    ) -> Result<(Option<Stop>, Taken), (Stop, String)> {
         active.last_mode = Some(Mode::Explicit);
         let cue_due = step.decision.switched
             && step.decision.reason == Reason::LatentBudget
@@ -668,23 +1016,33 @@ impl Loop<'_> {
         if token.is_none() && !cue_due {
             return Err((Stop::Backend, "the readout holds no token to print".into()));
         }
-        active.record(read, step, 0.0, token, None, self.first_model());
+        let model = &self.info.models[self.info.agents[0].index()];
+        active.record(read, step, 0.0, token, None, model);
         let Some(token) = token else {
             active.text.extend_from_slice(&self.ensemble.cue[0]);
             active.next = NextFeed::Tokens(self.ensemble.cue.clone());
-            return Ok(self.spent(active));
+            return Ok((self.spent(active), Taken::default()));
         };
         if self.ensemble.eos.contains(&token) {
-            return Ok(Some(Stop::Eos));
+            return Ok((Some(Stop::Eos), Taken::default()));
         }
+        let one = BeliefPacket::new(vec![token], vec![1.0], 1.0, self.ensemble.vocab)
+            .map_err(|e| (Stop::Backend, e.to_string()))?;
+        let meta = self.meta(active);
+        let (received, bytes) = self
+            .link
+            .packet(&one, meta, self.config.link.encoding)
+            .map_err(|e| (Stop::Backend, e.to_string()))?;
         active.text.push(token);
         active.explicit += 1;
         let experts = self.ensemble.agents.len();
-        if experts > 1 {
-            active.downlink += encoded_len(1, Encoding::F32) as u64 * experts as u64;
-        }
-        active.next = NextFeed::Tokens(vec![vec![token]; experts]);
-        Ok(self.spent(active))
+        active.downlink += bytes as u64 * experts as u64;
+        active.next = NextFeed::Tokens(vec![received.ids().to_vec(); experts]);
+        let taken = Taken {
+            token: Some(token),
+            ..Taken::default()
+        };
+        Ok((self.spent(active), taken))
     }
 
     fn spent(&self, active: &Active) -> Option<Stop> {
@@ -703,6 +1061,7 @@ impl Loop<'_> {
 
     fn finish(
         &mut self,
+        backend: &mut dyn Backend,
         active: Active,
         stop: Stop,
         error: Option<String>,
@@ -710,8 +1069,39 @@ impl Loop<'_> {
     ) -> Result<(), RunError> {
         self.stats.samples += 1;
         let outcome = active.outcome(stop, error, self.first_model());
-        sink.finished(outcome, self.info, self.backend.memory())
+        sink.finished(outcome, &self.info, backend.memory())
             .map_err(RunError::Sink)
+    }
+}
+
+/// What a step put before the agents.
+#[derive(Default)]
+struct Taken {
+    packet: Option<BeliefPacket>,
+    kl: f64,
+    token: Option<u32>,
+}
+
+/// Why a sample goes no further.
+enum End {
+    Sample(Stop, String),
+    Run(RunError),
+}
+
+fn meta_of(fingerprint: u64, active: &Active) -> Meta {
+    Meta {
+        fingerprint,
+        step: active.explicit + active.latent,
+    }
+}
+
+fn rule_failure(key: &JobKey, source: ControllerFailure) -> RunError {
+    RunError::Backend {
+        context: format!("item {}", key.item_id),
+        source: BackendError::Failed {
+            context: "controller".into(),
+            source,
+        },
     }
 }
 

@@ -1,12 +1,14 @@
 //! What the loop hands back for a sample.
 
 use dlmom_core::{Mode, Reason};
+use dlmom_packet::BeliefPacket;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::PromptSource;
 
 /// Identifies a sample within an experiment.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 pub struct JobKey {
     /// Stable id of the benchmark item.
     pub item_id: String,
@@ -28,7 +30,7 @@ pub struct Job {
 }
 
 /// Why a sample has no answer of its own making.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Stop {
     /// An end token was chosen in explicit mode.
@@ -46,7 +48,7 @@ pub enum Stop {
 }
 
 /// Smallest, mean and largest value of a per-step quantity, with a histogram.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Spread {
     /// Mean over steps.
     pub mean: f64,
@@ -57,7 +59,7 @@ pub struct Spread {
 }
 
 /// Step-by-step record of a sample; arrays of equal length, one entry per step.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Trace {
     /// Mean of the experts' normalised entropies.
     pub entropy: Vec<f64>,
@@ -125,9 +127,9 @@ pub struct Outcome {
     pub prompt_tokens: Vec<u32>,
     /// Positions forwarded by every agent, prompt included.
     pub forward_tokens: Vec<u32>,
-    /// Bytes the experts sent to consensus; 0 for a single agent.
+    /// Bytes the experts sent to consensus. A single agent's link is a loopback: the same messages, to itself.
     pub uplink_bytes: u64,
-    /// Bytes consensus sent to the experts; 0 for a single agent.
+    /// Bytes consensus sent to the experts.
     pub downlink_bytes: u64,
     /// Normalised entropy over steps (mean of the experts).
     pub entropy: Spread,
@@ -143,6 +145,9 @@ pub struct Outcome {
     pub started_at: f64,
     /// Step-by-step record, where it was asked for.
     pub trace: Option<Trace>,
+    /// With a trace: the packets of latent steps as the agents took them in, each with its step.
+    #[serde(skip)]
+    pub packets: Vec<(u32, BeliefPacket)>,
 }
 
 impl Outcome {

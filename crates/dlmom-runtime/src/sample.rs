@@ -2,10 +2,10 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use dlmom_core::{Controller, Decision, GateController, Mode, RowReadout, Stream, sample_key};
+use dlmom_core::{Controller, Decision, Mode, RowReadout, Stream, sample_key};
 use dlmom_packet::BeliefPacket;
 
-use crate::backend::ModelInfo;
+use crate::backend::{ModelInfo, Payload};
 use crate::outcome::{ENTROPY_BINS, Job, Outcome, Spread, Stop, Trace, entropy_bin};
 
 /// Entries of a packet kept in a trace.
@@ -21,22 +21,29 @@ pub(crate) struct Step {
     pub(crate) observed: f64,
 }
 
-/// The next input of a sample: its agents' own token ids, or one packet for all of them.
+/// The next input of a sample: its agents' own token ids, or one message for all of them.
 pub(crate) enum NextFeed {
     Tokens(Vec<Vec<u32>>),
     Packet(BeliefPacket),
+    Payload(Payload),
+    /// A packet that the backend has yet to mix, before it can be sent as an embedding.
+    Embed(BeliefPacket),
 }
 
 /// A sample in a slot.
 pub(crate) struct Active {
     pub(crate) job: Job,
-    pub(crate) controller: GateController,
+    pub(crate) controller: Box<dyn Controller>,
     pub(crate) next: NextFeed,
     pub(crate) key: u64,
     /// Observations so far: the step of the random streams.
     pub(crate) observed: u32,
     pub(crate) lengths: Vec<u32>,
     pub(crate) limits: Vec<u32>,
+    /// Lengths at which the lanes were last compressed; 0 before the first time.
+    pub(crate) compressed_at: Vec<u32>,
+    /// Packets of latent steps, where a trace is kept.
+    pub(crate) packets: Vec<(u32, BeliefPacket)>,
     pub(crate) text: Vec<u32>,
     pub(crate) explicit: u32,
     pub(crate) latent: u32,
@@ -60,13 +67,13 @@ impl NextFeed {
     pub(crate) fn positions(&self, experts: usize) -> Vec<u32> {
         match self {
             Self::Tokens(tokens) => tokens.iter().map(|ids| ids.len() as u32).collect(),
-            Self::Packet(_) => vec![1; experts],
+            Self::Packet(_) | Self::Payload(_) | Self::Embed(_) => vec![1; experts],
         }
     }
 }
 
 impl Active {
-    pub(crate) fn new(job: Job, controller: GateController) -> Self {
+    pub(crate) fn new(job: Job, controller: Box<dyn Controller>) -> Self {
         let key = sample_key(&job.key.item_id, job.key.sample, 0);
         let trace = job.trace.then(Trace::default);
         Self {
@@ -77,6 +84,8 @@ impl Active {
             observed: 0,
             lengths: Vec::new(),
             limits: Vec::new(),
+            compressed_at: Vec::new(),
+            packets: Vec::new(),
             text: Vec::new(),
             explicit: 0,
             latent: 0,
@@ -145,6 +154,7 @@ impl Active {
             latency_s: self.admitted.elapsed().as_secs_f64(),
             started_at: self.started_at,
             trace: self.trace,
+            packets: self.packets,
             tokens: self.text,
             key: self.job.key,
         }

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "test helpers")]
 
-use dlmom_core::ConsensusSpec;
+use dlmom_core::Consensus;
 use dlmom_packet::BeliefPacket;
 use dlmom_runtime::conformance::{Preset, Rule, Settings, check};
 use dlmom_runtime::{
@@ -108,7 +108,7 @@ impl Backend for Broken {
     fn advance(
         &mut self,
         rows: &[Row<'_>],
-        consensus: &ConsensusSpec,
+        consensus: &dyn Consensus,
         out: &mut Readout,
     ) -> Result<(), BackendError> {
         let everyone = [AgentId(0), AgentId(1)];

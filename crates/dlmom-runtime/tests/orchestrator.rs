@@ -5,10 +5,11 @@
 use std::ops::ControlFlow;
 
 use dlmom_core::{
-    AlphaUnit, ConsensusSpec, ControllerSpec, Gate, Mode, NoiseSpec, Reason, SamplingSpec, Start,
+    AlphaUnit, Consensus, ConsensusSpec, ControllerSpec, Gate, Mode, NoiseSpec, Reason,
+    SamplingSpec, Start,
 };
 use dlmom_runtime::{
-    Backend, BackendError, EnsembleInfo, Feed, Job, JobKey, LaneId, LaneSpec, LoopConfig,
+    Backend, BackendError, EnsembleInfo, Feed, Job, JobKey, LaneId, LaneSpec, LinkSpec, LoopConfig,
     MemoryStats, MockBackend, ModelId, Outcome, Progress, PromptSource, Readout, Row, RunError,
     RunOptions, RunStats, Sink, SlotId, Stop, run,
 };
@@ -34,6 +35,7 @@ fn controller(gate: Gate, alpha: f64, cap: i64) -> ControllerSpec {
 fn config(gate: Gate, alpha: f64) -> LoopConfig {
     LoopConfig {
         k: 5,
+        link: LinkSpec::default(),
         controller: controller(gate, alpha, -1),
         consensus: ConsensusSpec::paper(),
         noise: NoiseSpec::None,
@@ -372,7 +374,7 @@ impl Backend for BadSlot {
     fn advance(
         &mut self,
         rows: &[Row<'_>],
-        consensus: &ConsensusSpec,
+        consensus: &dyn Consensus,
         out: &mut Readout,
     ) -> Result<(), BackendError> {
         for row in rows {
@@ -531,10 +533,13 @@ fn bytes_are_those_of_the_encodings() {
     )
     .0
     .remove(0);
+    let steps = single.trace.as_ref().unwrap().mode.len() as u64;
+    let expected =
+        packet * u64::from(single.latent_steps) + token * u64::from(single.explicit_tokens);
     assert_eq!(
         (single.uplink_bytes, single.downlink_bytes),
-        (0, 0),
-        "nobody to talk to"
+        (steps * 23 * 4, expected),
+        "a single agent's link is a loopback"
     );
 }
 

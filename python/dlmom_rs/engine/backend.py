@@ -21,11 +21,11 @@ from .device import (
     peak_rss_bytes,
     physical_cores,
 )
-from .embed import embed
+from .embed import embed, embed_dense
 from .errors import ModelError
 from .experts import Expert, load_expert, one_line
 from .lanes import Lanes, PerRowLanes, RowSlotLanes
-from .packets import Call, RawCall, read_call
+from .packets import Call, Entries, RawCall, Values, read_call, read_entries
 from .selftest import invariance_failure, reference_failure
 
 
@@ -53,6 +53,7 @@ class Engine:
         self._bit_reason = ""
         self._lanes: list[Lanes] = []
         self._invariant = False
+        self._compressor: Any | None = None
 
     @staticmethod
     def load(
@@ -319,11 +320,12 @@ class Engine:
     def advance(self, calls: Iterable[RawCall]) -> list[tuple[Tensor, Tensor | None]]:
         """Append positions to lanes and return their last logits.
 
-        One call per agent that moves: ``(agent, spans, step)``. A span ``(slot, ids, probs, n, k)``
-        appends n packets to one lane and is forwarded alone at its exact length; the step
-        ``(slots, ids, probs, k)`` appends one packet to each of its slots in one forward. ids are
-        little-endian u32, probs f32, row-major [n, k]; padding entries have probability 0 and a
-        valid id.
+        One call per agent that moves: ``(agent, spans, step)``. A span ``(slot, ids, probs, n, k,
+        payload)`` appends n packets to one lane and is forwarded alone at its exact length; the
+        step ``(slots, ids, probs, k, payloads)`` appends one packet to each of its slots in one
+        forward. ids are little-endian u32, probs f32, row-major [n, k]; padding entries have
+        probability 0 and a valid id. Payloads are embeddings or whole-vocabulary probabilities in
+        place of packets, see ``packets.RawSpan`` and ``packets.RawStep``.
 
         Returns per call ``(span_logits [spans, V], step_logits [rows, V] or None)``: float32 on the
         host, contiguous, the real vocabulary only, in the order given. A lane that produced NaN
@@ -332,7 +334,10 @@ class Engine:
         Raises ValueError before anything is forwarded for malformed calls and for lanes that are
         closed or would outgrow their max_len. Whatever is raised, every lane is where it was.
         """
-        parsed = [read_call(raw, self._agent(raw[0]).expert.vocabulary.size) for raw in calls]
+        parsed = []
+        for raw in calls:
+            expert = self._agent(raw[0]).expert
+            parsed.append(read_call(raw, expert.vocabulary.size, expert.hidden))
         if len({call.agent for call in parsed}) != len(parsed):
             raise ValueError("an agent appears in two calls of one advance")
         for call in parsed:
@@ -354,16 +359,69 @@ class Engine:
         lanes = self._lanes[call.agent]
         expert = lanes.expert
         vocab = expert.vocabulary.size
-        spans = [
-            lanes.span(slot, embed(expert.embeddings, entries.ids, entries.probs, self._device))
-            for slot, entries in call.spans
-        ]
+        spans = [lanes.span(slot, self._inputs(expert, feed)) for slot, feed in call.spans]
         span_logits = torch.stack(spans) if spans else torch.empty(0, vocab)
         step_logits: Tensor | None = None
         if call.step is not None:
-            x = embed(expert.embeddings, call.step.ids, call.step.probs, self._device)
+            x = self._inputs(expert, call.step)
+            for rows, values in call.payloads:
+                at = torch.tensor(rows, dtype=torch.int64, device=self._device)
+                x = x.index_copy(0, at, self._inputs(expert, values))
             step_logits = _readout(lanes.step(call.step_slots, x), vocab)
         return _readout(span_logits, vocab), step_logits
+
+    def _inputs(self, expert: Expert, feed: Entries | Values) -> Tensor:
+        """Input embeddings [n, hidden] of packets or of messages that are none."""
+        if isinstance(feed, Entries):
+            return embed(expert.embeddings, feed.ids, feed.probs, self._device)
+        if feed.kind == "dense":
+            return embed_dense(expert.embeddings, feed.values, self._device)
+        return torch.from_numpy(feed.values).to(device=self._device, dtype=expert.dtype)
+
+    def embed_packets(
+        self, model: int, ids: bytearray, probs: bytearray, n: int, k: int
+    ) -> tuple[bytes, int]:
+        """Mixture embeddings of packets [n, k] under a model's table, without forwarding anything.
+
+        Returns the values [n, hidden], rounded to the model's dtype, as little-endian f32, and the
+        width: what ``advance`` would compute from the same packets, bit for bit.
+        """
+        expert = self._expert(model)
+        entries = read_entries(ids, probs, n, k, expert.vocabulary.size)
+        with torch.inference_mode():
+            x = embed(expert.embeddings, entries.ids, entries.probs, self._device)
+            values = x.to(device="cpu", dtype=torch.float32).numpy()
+        return values.astype("<f4").tobytes(), values.shape[1]
+
+    def set_compressor(self, compressor: Any | None) -> None:
+        """The object whose ``compress(keys, values, *, layer, agent)`` works on caches; or None.
+
+        It is given one lane's tensors of one layer, ``[heads, positions, head_dim]`` in the
+        model's dtype, and answers with a pair of the same shapes.
+        """
+        if compressor is not None and not hasattr(compressor, "compress"):
+            raise TypeError(
+                f"compressor: {type(compressor).__name__} has no method "
+                "compress(keys, values, *, layer, agent)"
+            )
+        self._compressor = compressor
+
+    def compress(self, lanes: list[tuple[int, int]]) -> None:
+        """Let the compressor rewrite what these lanes (slot, agent) hold; positions stay.
+
+        ValueError without a compressor or for an answer of another shape; whatever the compressor
+        raises comes through. Layers rewritten before stay so.
+        """
+        if self._compressor is None:
+            raise ValueError("no KV compressor is set")
+        with torch.inference_mode():
+            for slot, agent in lanes:
+                held = self._agent(agent)
+                for layer, (keys, values) in enumerate(held.views(slot)):
+                    answer = self._compressor.compress(
+                        keys.clone(), values.clone(), layer=layer, agent=agent
+                    )
+                    _replace(keys, values, answer, type(self._compressor).__name__)
 
     def _check_room(self, call: Call) -> None:
         lanes = self._lanes[call.agent]
@@ -391,6 +449,20 @@ class Engine:
         if not 0 <= model < len(self._experts):
             raise ValueError(f"model {model} is outside 0..{len(self._experts)}")
         return self._experts[model]
+
+
+def _replace(keys: Tensor, values: Tensor, answer: Any, name: str) -> None:
+    """Write a compressor's answer over one layer of a lane."""
+    if not (isinstance(answer, tuple | list) and len(answer) == 2):
+        raise ValueError(f"compressor {name}: answer with a pair (keys, values)")
+    for what, held, new in (("keys", keys, answer[0]), ("values", values, answer[1])):
+        if not isinstance(new, Tensor) or new.shape != held.shape:
+            shape = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise ValueError(
+                f"compressor {name}: {what} of shape {shape} for {list(held.shape)}; a compressor "
+                "may change values, not the number of positions"
+            )
+        held.copy_(new.to(device=held.device, dtype=held.dtype))
 
 
 def _readout(logits: Tensor, vocab: int) -> Tensor:

@@ -189,6 +189,14 @@ class RowSlotCache(Cache):
                 if to is not None and of is not None:
                     to[dst, :, :length] = of[src, :, :length]
 
+    def lane_views(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """The first ``length`` keys and values of a slot, by layer: [heads, length, size]."""
+        return [
+            (layer.keys[slot, :, :length], layer.values[slot, :, :length])
+            for layer in self.rows
+            if layer.keys is not None and layer.values is not None
+        ]
+
     def zero(self, slot: int, start: int, stop: int) -> None:
         """Zero positions ``start..stop`` of a slot in every layer."""
         for layer in self.rows:

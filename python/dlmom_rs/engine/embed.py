@@ -86,3 +86,14 @@ def embed(
     out = out.clone()
     out[rows] = mixture(module, table_ids[rows], weights[rows]).to(out.dtype)
     return out
+
+
+def embed_dense(module: nn.Module, probs: NDArray[np.float32], device: torch.device) -> Tensor:
+    """Input embeddings of whole-vocabulary distributions: [n, V] f32, id order -> [n, h].
+
+    Row by row, so that a row's bits do not depend on how many there are.
+    """
+    ids = torch.arange(probs.shape[1], dtype=torch.int64, device=device)[None]
+    dtype = module(ids[:, :1]).dtype
+    rows = torch.from_numpy(np.ascontiguousarray(probs, dtype=np.float32)).to(device)
+    return torch.cat([mixture(module, ids, row[None]) for row in rows]).to(dtype)

@@ -115,6 +115,13 @@ class Lanes(ABC):
         """Append ``x`` [r, hidden], one position to each of r distinct lanes; [r, head rows]."""
 
     @abstractmethod
+    def views(self, slot: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values a lane holds, by layer: views [heads, positions, head_dim] to write to.
+
+        ValueError for a closed lane.
+        """
+
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of keys and values held."""
 
@@ -207,6 +214,9 @@ class RowSlotLanes(Lanes):
         """Whether every layer has stored something: a model that ignores its cache fails this."""
         return all(layer.is_initialized for layer in self.cache.rows)
 
+    def views(self, slot: int) -> list[tuple[Tensor, Tensor]]:
+        return self.cache.lane_views(slot, self.get(slot).length)
+
     def nbytes(self) -> int:
         return self.cache.nbytes()
 
@@ -259,6 +269,15 @@ class PerRowLanes(Lanes):
             and layer.keys.shape[-2] == lane.length
             for layer in cache.layers
         )
+
+    def views(self, slot: int) -> list[tuple[Tensor, Tensor]]:
+        self.get(slot)
+        pairs = []
+        for layer in self._caches[slot].layers:
+            if isinstance(layer, DynamicLayer) and layer.keys is not None:
+                assert layer.values is not None
+                pairs.append((layer.keys[0], layer.values[0]))
+        return pairs
 
     def nbytes(self) -> int:
         stores = [

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: One span: (slot, ids, probs, n, k).
-RawSpan = tuple[int, bytearray, bytearray, int, int]
-#: One step: (slots, ids, probs, k).
-RawStep = tuple[list[int], bytearray, bytearray, int]
+#: One span: (slot, ids, probs, n, k, payload); a payload (kind, values) stands in for the packets.
+RawSpan = tuple[int, bytearray, bytearray, int, int, "tuple[str, bytearray] | None"]
+#: One step: (slots, ids, probs, k, payloads); each payload (kind, rows, values) replaces these rows.
+RawStep = tuple[list[int], bytearray, bytearray, int, "list[tuple[str, list[int], bytearray]]"]
 #: One agent's call: (agent, spans, step or None).
 RawCall = tuple[int, list[RawSpan], RawStep | None]
 
@@ -22,17 +22,35 @@ class Entries:
 
 
 @dataclass(frozen=True)
+class Values:
+    """Messages that are no packets: ``values`` [n, width] float32.
+
+    ``embed`` holds input embeddings, ``dense`` the probabilities of every token in id order.
+    """
+
+    kind: str
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Call:
-    """What one agent appends: whole spans, each to its slot, and one position to some slots."""
+    """What one agent appends: whole spans, each to its slot, and one position to some slots.
+
+    ``payloads`` are messages in place of the packets of some rows of the step.
+    """
 
     agent: int
-    spans: list[tuple[int, Entries]]
+    spans: list[tuple[int, Entries | Values]]
     step_slots: list[int]
     step: Entries | None
+    payloads: list[tuple[list[int], Values]]
 
     def appended(self) -> list[tuple[int, int]]:
         """(slot, positions appended) of every row of this call."""
-        spans = [(slot, entries.ids.shape[0]) for slot, entries in self.spans]
+        spans = [
+            (slot, len(feed.values) if isinstance(feed, Values) else len(feed.ids))
+            for slot, feed in self.spans
+        ]
         return spans + [(slot, 1) for slot in self.step_slots]
 
 
@@ -56,16 +74,40 @@ def read_entries(ids: bytearray, probs: bytearray, n: int, k: int, vocab: int) -
     return Entries(table, weights)
 
 
-def read_call(raw: RawCall, vocab: int) -> Call:
+def read_values(kind: str, data: bytearray, n: int, width: int) -> Values:
+    """Read ``n`` messages of ``width`` little-endian f32 values.
+
+    ValueError for a size that does not fit, and for a kind other than ``embed`` and ``dense``.
+    """
+    if kind not in ("embed", "dense"):
+        raise ValueError(f"unknown payload {kind!r}")
+    if n < 1 or len(data) != 4 * n * width:
+        raise ValueError(f"{n} {kind} payloads of {width} values are not {len(data)} bytes")
+    values = np.frombuffer(data, dtype="<f4").reshape(n, width).astype(np.float32)
+    return Values(kind, values)
+
+
+def read_call(raw: RawCall, vocab: int, hidden: int) -> Call:
     """Read one agent's call; ValueError where it is malformed or names a slot twice."""
     agent, spans, step = raw
-    read = [(slot, read_entries(ids, probs, n, k, vocab)) for slot, ids, probs, n, k in spans]
+    widths = {"embed": hidden, "dense": vocab}
+    read: list[tuple[int, Entries | Values]] = []
+    for slot, ids, probs, n, k, payload in spans:
+        if payload is None:
+            read.append((slot, read_entries(ids, probs, n, k, vocab)))
+        else:
+            read.append((slot, read_values(*payload, n, widths.get(payload[0], 0))))
     slots: list[int] = []
     entries: Entries | None = None
+    payloads: list[tuple[list[int], Values]] = []
     if step is not None and step[0]:
         slots = list(step[0])
         entries = read_entries(step[1], step[2], len(slots), step[3], vocab)
-    call = Call(agent, read, slots, entries)
+        for kind, rows, data in step[4]:
+            if any(not 0 <= row < len(slots) for row in rows):
+                raise ValueError(f"a payload names a row outside 0..{len(slots)}")
+            payloads.append((rows, read_values(kind, data, len(rows), widths.get(kind, 0))))
+    call = Call(agent, read, slots, entries, payloads)
     named = [slot for slot, _ in call.appended()]
     if len(set(named)) != len(named):
         twice = next(slot for slot in named if named.count(slot) > 1)

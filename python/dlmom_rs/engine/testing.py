@@ -115,13 +115,13 @@ def encode_packets(
 def span(slot: int, packets: Sequence[Packet], k: int | None = None) -> RawSpan:
     """A span that appends packets to a slot."""
     ids, probs, width = encode_packets(packets, k)
-    return slot, ids, probs, len(packets), width
+    return slot, ids, probs, len(packets), width, None
 
 
 def step(rows: dict[int, Packet], k: int | None = None) -> RawStep:
     """A step that appends one packet to each slot, in the dict's order."""
     ids, probs, width = encode_packets(list(rows.values()), k)
-    return list(rows), ids, probs, width
+    return list(rows), ids, probs, width, []
 
 
 def prefill(engine: Engine, slot: int, packets: Sequence[Packet], agent: int = 0) -> Tensor:

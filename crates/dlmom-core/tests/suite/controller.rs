@@ -310,7 +310,7 @@ fn the_window_spans_both_modes() {
 fn the_trait_is_object_safe_and_sendable() {
     let mut boxed: Box<dyn Controller> =
         Box::new(GateController::new(&base(Gate::Threshold)).unwrap());
-    boxed.observe(0.9, None);
+    boxed.observe(0.9, None).unwrap();
     let steps = std::thread::spawn(move || boxed.latent_steps())
         .join()
         .unwrap();

@@ -2,6 +2,7 @@
 
 use dlmom_core::{AlphaUnit, ConsensusSpec, Gate, SamplingSpec, Start};
 use dlmom_eval::suggest::hint;
+use dlmom_runtime::{Support, WireEncoding};
 
 use super::RegistryError;
 use super::experiment::{Experiment, REF, Unsupported};
@@ -51,6 +52,10 @@ pub struct Overrides {
     pub consensus: Option<ConsensusSpec>,
     /// Sampling flags.
     pub sampling: Option<SamplingSpec>,
+    /// `--encoding`.
+    pub encoding: Option<WireEncoding>,
+    /// `--support`.
+    pub support: Option<Support>,
 }
 
 impl Overrides {
@@ -70,6 +75,8 @@ impl Overrides {
             start: knob(self.start.as_ref()),
             consensus: knob(self.consensus.as_ref()),
             sampling: knob(self.sampling.as_ref()),
+            encoding: knob(self.encoding.as_ref()),
+            support: knob(self.support.as_ref()),
             ..Knobs::default()
         }
     }
@@ -253,6 +260,7 @@ impl Registry {
             Knob::Value(cue) => Some(cue.clone()),
             Knob::Absent | Knob::Null => None,
         };
+        let support = knobs.support.value().unwrap_or(Support::Full);
         let mut experiment = Experiment {
             id: id.to_owned(),
             suite: suite.to_owned(),
@@ -278,11 +286,17 @@ impl Registry {
                 .unwrap_or((max_steps / 4).min(32)),
             answer_cue,
             k: knobs.k.value().unwrap_or(K),
-            comm: knobs.comm.value().unwrap_or(if setting.shared_model {
-                Comm::Embed
-            } else {
-                Comm::Belief
-            }),
+            // Consensus cannot merge embeddings, so agents that send it no more than their messages send packets.
+            comm: knobs
+                .comm
+                .value()
+                .unwrap_or(if setting.shared_model && support == Support::Full {
+                    Comm::Embed
+                } else {
+                    Comm::Belief
+                }),
+            encoding: knobs.encoding.value().unwrap_or(WireEncoding::F32),
+            support,
             kv: knobs.kv.value().unwrap_or(Kv::None),
             consensus,
             sampling: knobs.sampling.value().unwrap_or(SamplingSpec::GREEDY),
@@ -364,6 +378,20 @@ fn kind_of(experiment: &Experiment, earlier: &[PlannedCell], setting: Setting) -
             reason: "comm: embed needs agents of one model: an embedding of one model means nothing to another"
                 .to_owned(),
         };
+    }
+    let skip = |reason: &str| CellKind::Skip {
+        reason: reason.to_owned(),
+    };
+    match (experiment.comm, experiment.support, experiment.encoding) {
+        (Comm::Embed, Support::Packet, _) => {
+            return skip("comm: embed with support: packet: consensus cannot merge embeddings");
+        }
+        (Comm::Logits, _, WireEncoding::Compact) => {
+            return skip(
+                "comm: logits with encoding: compact: the compact encoding needs token ids",
+            );
+        }
+        _ => {}
     }
     let twin = earlier
         .iter()

@@ -2,7 +2,7 @@
 
 use dlmom_core::{AlphaUnit, ConsensusSpec, ControllerSpec, Gate, NoiseSpec, SamplingSpec, Start};
 use dlmom_eval::{canonical_json, sha256_hex};
-use dlmom_runtime::LoopConfig;
+use dlmom_runtime::{LinkSpec, LoopConfig, Support, WireEncoding};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -60,6 +60,10 @@ pub struct Experiment {
     pub k: i64,
     /// What crosses a link.
     pub comm: Comm,
+    /// How packets and whole-vocabulary messages are written.
+    pub encoding: WireEncoding,
+    /// What consensus sees of an agent.
+    pub support: Support,
     /// KV cache compression.
     pub kv: Kv,
     /// How the experts' preferences meet.
@@ -72,22 +76,6 @@ pub struct Experiment {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unsupported {
-    /// Suites over links and caches.
-    #[error("{cell}: suite {suite} is not built yet; suites A1 and A2 are")]
-    Suite {
-        /// The cell.
-        cell: String,
-        /// Its suite.
-        suite: String,
-    },
-    /// A message other than belief packets.
-    #[error("{cell}: comm: {comm} is not built yet; belief is")]
-    Comm {
-        /// The cell.
-        cell: String,
-        /// Its message.
-        comm: &'static str,
-    },
     /// Any KV compression.
     #[error("{cell}: kv: {kv} is not built yet; none is")]
     Kv {
@@ -95,12 +83,6 @@ pub enum Unsupported {
         cell: String,
         /// Its compression.
         kv: &'static str,
-    },
-    /// Whole-vocabulary packets.
-    #[error("{cell}: k: -1 (the whole vocabulary) is not built yet; give a number of entries")]
-    WholeVocabulary {
-        /// The cell.
-        cell: String,
     },
 }
 
@@ -135,25 +117,12 @@ impl Experiment {
         }
     }
 
-    /// The loop to run. In lockstep an embedding never crosses a link and mixes the same `k` entries as a packet, so `embed`
-    /// runs as `belief`.
+    /// The loop to run.
     ///
     /// # Errors
     /// [`Unsupported`], naming the cell, where a part is not built yet.
     pub fn loop_config(&self) -> Result<LoopConfig, Unsupported> {
         let cell = || self.id.clone();
-        if matches!(self.suite.as_str(), "A3" | "A4") {
-            return Err(Unsupported::Suite {
-                cell: cell(),
-                suite: self.suite.clone(),
-            });
-        }
-        if self.comm == Comm::Logits {
-            return Err(Unsupported::Comm {
-                cell: cell(),
-                comm: "logits",
-            });
-        }
         let kv = match self.kv {
             Kv::None => None,
             Kv::Kivi2bit => Some("kivi2bit"),
@@ -163,9 +132,13 @@ impl Experiment {
         if let Some(kv) = kv {
             return Err(Unsupported::Kv { cell: cell(), kv });
         }
-        let k = u32::try_from(self.k).map_err(|_| Unsupported::WholeVocabulary { cell: cell() })?;
         Ok(LoopConfig {
-            k,
+            k: self.k,
+            link: LinkSpec {
+                message: self.comm.into(),
+                encoding: self.encoding,
+                support: self.support,
+            },
             controller: self.controller(),
             consensus: self.consensus.clone(),
             noise: self.noise(),

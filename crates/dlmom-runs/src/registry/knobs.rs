@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use dlmom_core::{AlphaUnit, ConsensusSpec, Gate, SamplingSpec, Start};
+use dlmom_runtime::{LinkMessage, Support, WireEncoding};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -28,6 +29,16 @@ pub enum Comm {
     Belief,
     /// The distribution over the whole vocabulary.
     Logits,
+}
+
+impl From<Comm> for LinkMessage {
+    fn from(comm: Comm) -> Self {
+        match comm {
+            Comm::Embed => Self::Embed,
+            Comm::Belief => Self::Belief,
+            Comm::Logits => Self::Logits,
+        }
+    }
 }
 
 /// KV cache compression (suite A4).
@@ -198,6 +209,10 @@ knobs! {
     k: i64, false;
     /// What crosses a link; default that of the reference pipeline.
     comm: Comm, false;
+    /// How packets and whole-vocabulary messages are written; default `f32`.
+    encoding: WireEncoding, false;
+    /// What consensus sees of an agent; default `full`.
+    support: Support, false;
     /// KV cache compression; default `none`.
     kv: Kv, false;
     /// How the experts' preferences meet; default the paper's TIES.

@@ -15,6 +15,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use dlmom_runtime::{JobKey, Trace};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::registry::{CellKind, Experiment, Plan};
@@ -96,7 +97,8 @@ pub enum RunDirError {
 }
 
 /// One line of `traces/<ID>.jsonl`. Numbers that are not finite are null.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(title = "dlmom-rs trace line")]
 pub struct TraceLine {
     /// Id of the cell.
     pub experiment: String,

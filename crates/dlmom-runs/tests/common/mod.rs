@@ -8,7 +8,7 @@
 
 use std::path::Path;
 
-use dlmom_eval::Item;
+use dlmom_eval::{Item, NoJudge, Task};
 use dlmom_runs::{Experiment, Overrides, Plan, RawRow, Registry, RowContext, Setting};
 use dlmom_runtime::outcome::ENTROPY_BINS;
 use dlmom_runtime::{JobKey, MemoryStats, Outcome, Spread, Stop, entropy_bin};
@@ -54,6 +54,7 @@ pub(crate) fn item(index: u64) -> Item {
         id: format!("item-{index}"),
         question: "q".into(),
         gold: index.to_string(),
+        task: Task::Number,
     }
 }
 
@@ -95,6 +96,7 @@ pub(crate) fn outcome(item: &Item, seed: u64, answer: Option<u64>, latent: u32) 
         latency_s: 0.5,
         started_at: 1000.0 + seed as f64,
         trace: None,
+        packets: Vec::new(),
     }
 }
 
@@ -118,7 +120,13 @@ pub(crate) fn row(
             peak_rss_bytes: Some(1 << 20),
         },
     };
-    RawRow::new(&context, &outcome(&item, seed, answer, latent), &item).unwrap()
+    RawRow::new(
+        &context,
+        &outcome(&item, seed, answer, latent),
+        &item,
+        &mut NoJudge,
+    )
+    .unwrap()
 }
 
 pub(crate) fn write_rows(path: &Path, rows: &[RawRow]) {

@@ -1,0 +1,556 @@
+//! `generate`: one prompt, or a conversation, with the steps on show.
+
+use std::io::{BufRead, IsTerminal, Read, Write};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use dlmom_core::{AlphaUnit, Gate, NoiseSpec, SamplingSpec};
+use dlmom_runs::{Answer, JsonlWriter, Overrides, REF, Registry, Setting, TraceLine};
+use dlmom_runtime::{
+    AgentId, Backend, EnsembleInfo, Job, JobKey, LinkMessage, LoopConfig, MemoryStats, Message,
+    ModelInfo, Outcome, PromptSource, RunOptions, Sink, StepEvent, Stop, Support, WireEncoding,
+    check_vocabularies, run,
+};
+
+use crate::args::{Device, Dtype, alpha_unit, encoding, support};
+use crate::host::{EngineSpec, Host};
+use crate::prepare::models_and_agents;
+use crate::status::{CliError, ExitStatus};
+use crate::timeline::{Footer, Growing, Header, Plain, Step, Timeline};
+
+/// Rule of the controller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GateKind {
+    /// Latent where the entropy is above alpha.
+    Threshold,
+    /// Slope, mean and variance over a window.
+    Trend,
+    /// Latent until the latent budget is spent.
+    AlwaysLatent,
+    /// Never latent.
+    AlwaysExplicit,
+}
+
+/// What crosses a link in latent steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MessageKind {
+    /// The mixture embedding; agents of one model only.
+    Embed,
+    /// A packet of k entries.
+    Belief,
+    /// The whole vocabulary's distribution.
+    Logits,
+}
+
+/// Arguments of `generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// Experts of a lockstep ensemble: local paths, hub ids or zoo:NAME.
+    #[arg(long, num_args = 1.., value_name = "MODEL", required_unless_present = "model", conflicts_with = "model")]
+    pub experts: Vec<String>,
+    /// A single model: local path, hub id or zoo:NAME.
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<String>,
+    /// The prompt; - reads it from standard input.
+    #[arg(long, value_name = "TEXT", required_unless_present = "chat")]
+    pub prompt: Option<String>,
+    /// A system message before the prompt.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Keep a conversation: one message a line from standard input.
+    #[arg(long)]
+    pub chat: bool,
+    /// Show every step: mode, entropy, mass and the packet's first tokens.
+    #[arg(long)]
+    pub trace: bool,
+    /// Print one JSON object instead of text.
+    #[arg(long, conflicts_with = "chat")]
+    pub json: bool,
+    /// Append the steps to FILE, one JSON line per answer, as in a run's traces/.
+    #[arg(long, value_name = "FILE")]
+    pub save_trace: Option<PathBuf>,
+    /// Where the forwards run.
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    /// Storage type of weights and KV caches.
+    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
+    pub dtype: Dtype,
+    /// Threads of one forward [default: physical cores].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<u32>,
+    /// Attention implementation [default: sdpa where the model allows it].
+    #[arg(long, value_parser = ["sdpa", "eager"], value_name = "sdpa|eager")]
+    pub attention: Option<String>,
+    /// Allow a model folder to run its own Python code.
+    #[arg(long)]
+    pub trust_remote_code: bool,
+    /// Seed of every draw.
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    pub seed: u64,
+    /// Most latent and explicit steps together.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub max_steps: u32,
+    /// Most latent steps.
+    #[arg(long, value_name = "N")]
+    pub max_latent_steps: Option<u32>,
+    /// Cap on mode switches; -1 is unlimited.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub max_switches: Option<i64>,
+    /// Rule of the controller.
+    #[arg(long, value_enum, default_value_t = GateKind::Threshold)]
+    pub gate: GateKind,
+    /// Window of the trend gate in steps [default: 5].
+    #[arg(long, value_name = "N")]
+    pub w: Option<u32>,
+    /// Entropy threshold.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub alpha: Option<f64>,
+    /// Unit of alpha.
+    #[arg(long, value_parser = alpha_unit, value_name = "normalized|nats")]
+    pub alpha_unit: Option<AlphaUnit>,
+    /// Entries of a packet; -1 is the whole vocabulary [default: 50].
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub k: Option<i64>,
+    /// What crosses a link in latent steps [default: embed for one model, else belief].
+    #[arg(long, value_enum)]
+    pub message: Option<MessageKind>,
+    /// How packets and whole-vocabulary messages are written.
+    #[arg(long, value_parser = encoding, value_name = "f32|f16|bf16|compact")]
+    pub encoding: Option<WireEncoding>,
+    /// What consensus sees of an agent: every logit, or only its message.
+    #[arg(long, value_parser = support, value_name = "full|packet")]
+    pub support: Option<Support>,
+    /// Gumbel-Softmax noise on packets, at this temperature.
+    #[arg(long, value_name = "TAU", conflicts_with = "dirichlet")]
+    pub gumbel: Option<f64>,
+    /// Dirichlet noise on packets, with this concentration.
+    #[arg(long, value_name = "LAMBDA")]
+    pub dirichlet: Option<f64>,
+    /// Temperature of printed tokens; 0 is greedy.
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    pub temperature: f64,
+    /// Keep the N most probable tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub top_k: u32,
+    /// Keep the most probable tokens up to this mass.
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    pub top_p: f64,
+    /// Keep tokens with at least this share of the largest probability.
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    pub min_p: f64,
+}
+
+/// The reference pipeline with the knobs of the command line.
+fn config(args: &GenerateArgs, setting: Setting) -> Result<LoopConfig, CliError> {
+    let overrides = Overrides {
+        alpha: args.alpha,
+        alpha_unit: args.alpha_unit,
+        max_switches: args.max_switches,
+        max_steps: Some(args.max_steps),
+        max_latent_steps: args.max_latent_steps,
+        k: args.k,
+        encoding: args.encoding,
+        support: args.support,
+        sampling: Some(SamplingSpec {
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            min_p: args.min_p,
+        }),
+        ..Overrides::default()
+    };
+    let suites = ["A1".to_owned()];
+    let plan = Registry::builtin()?.expand(&suites, &[REF.to_owned()], setting, &overrides)?;
+    let mut config = plan
+        .runs()
+        .next()
+        .ok_or_else(|| CliError::Failed("the reference pipeline is missing".into()))?
+        .loop_config()?;
+    config.controller.gate = match args.gate {
+        GateKind::Threshold => Gate::Threshold,
+        GateKind::Trend => Gate::Trend,
+        GateKind::AlwaysLatent => Gate::AlwaysLatent,
+        GateKind::AlwaysExplicit => Gate::AlwaysExplicit,
+    };
+    config.controller.w = args.w.or((args.gate == GateKind::Trend).then_some(5));
+    if let Some(message) = args.message {
+        config.link.message = match message {
+            MessageKind::Embed => LinkMessage::Embed,
+            MessageKind::Belief => LinkMessage::Belief,
+            MessageKind::Logits => LinkMessage::Logits,
+        };
+        if message == MessageKind::Logits && args.k.is_none() {
+            config.k = -1;
+        }
+    }
+    if let Some(tau) = args.gumbel {
+        config.noise = NoiseSpec::Gumbel { tau };
+    } else if let Some(lambda) = args.dirichlet {
+        config.noise = NoiseSpec::Dirichlet { lambda };
+    }
+    config.validate(None)?;
+    Ok(config)
+}
+
+/// Text of standard input, or the flag's.
+fn prompt(args: &GenerateArgs) -> Result<Option<String>, CliError> {
+    let text = match args.prompt.as_deref() {
+        Some("-") => {
+            let mut text = String::new();
+            std::io::stdin()
+                .read_to_string(&mut text)
+                .map_err(|e| CliError::Usage(format!("--prompt -: standard input: {e}")))?;
+            text.trim_end_matches(['\n', '\r']).to_owned()
+        }
+        Some(text) => text.to_owned(),
+        None => return Ok(None),
+    };
+    if text.trim().is_empty() {
+        return Err(CliError::Usage("--prompt: the prompt is empty".into()));
+    }
+    Ok(Some(text))
+}
+
+pub(crate) fn command(
+    args: &GenerateArgs,
+    host: &mut dyn Host,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> Result<ExitStatus, CliError> {
+    if args.threads == Some(0) {
+        return Err(CliError::Usage("--threads: give at least 1".into()));
+    }
+    let first = prompt(args)?;
+    let experts = match &args.model {
+        Some(model) => vec![model.clone()],
+        None => args.experts.clone(),
+    };
+    let setting = Setting {
+        shared_model: experts.iter().all(|e| *e == experts[0]),
+        experts: experts.len(),
+    };
+    let mut config = config(args, setting)?;
+    let mut traces = match &args.save_trace {
+        None => None,
+        Some(path) => Some(
+            JsonlWriter::open(path, |_, _| Ok(()))
+                .map_err(|e| CliError::Usage(format!("--save-trace: {e}")))?
+                .0,
+        ),
+    };
+    let (models, agents) = models_and_agents(&experts);
+    let spec = EngineSpec {
+        experts: models,
+        agents,
+        device: args.device.name().into(),
+        dtype: args.dtype.name().into(),
+        slots: 1,
+        threads: args.threads,
+        trust_remote_code: args.trust_remote_code,
+        deterministic: false,
+        fast: false,
+        attention: args.attention.clone(),
+    };
+    let mut backend = host.load(&spec)?;
+    check_vocabularies(backend.info())?;
+    let vocab = backend.info().model_of(AgentId(0)).map_or(0, |m| m.vocab);
+    // A packet of a small vocabulary is all of it; only what was asked for is an error.
+    if args.k.is_none() && config.k > i64::from(vocab) {
+        config.k = i64::from(vocab);
+    }
+    config.validate(Some(vocab))?;
+
+    let mut messages: Vec<Message> = Vec::new();
+    if let Some(system) = &args.system {
+        messages.push(message("system", system));
+    }
+    let mut next = first;
+    loop {
+        let Some(text) = next.take().map_or_else(|| read_line(args, err), |t| Ok(Some(t)))? else {
+            return Ok(ExitStatus::Success);
+        };
+        messages.push(message("user", &text));
+        let outcome = ask(args, &config, &experts, &messages, &mut *backend, host, out, err)?;
+        if let Some(writer) = &mut traces
+            && let Some(trace) = &outcome.trace
+        {
+            writer.append(&TraceLine {
+                experiment: "generate".into(),
+                key: outcome.key.clone(),
+                trace: trace.clone(),
+            })?;
+        }
+        let failed = failure(&outcome);
+        messages.push(message("assistant", &outcome.text));
+        if args.json {
+            let answer = Answer::new(&experts, &text, &config, outcome, args.trace);
+            let line = serde_json::to_string(&answer)
+                .map_err(|e| CliError::Failed(format!("the answer has no JSON: {e}")))?;
+            writeln!(out, "{line}")?;
+        }
+        if let Some(failed) = failed {
+            return Err(CliError::Failed(failed));
+        }
+        if !args.chat {
+            return Ok(ExitStatus::Success);
+        }
+    }
+}
+
+fn message(role: &str, content: &str) -> Message {
+    Message {
+        role: role.into(),
+        content: content.into(),
+    }
+}
+
+/// The next message of a conversation; none at the end of the input.
+fn read_line(args: &GenerateArgs, err: &mut dyn Write) -> Result<Option<String>, CliError> {
+    if !args.chat {
+        return Ok(None);
+    }
+    let stdin = std::io::stdin();
+    loop {
+        if stdin.is_terminal() {
+            write!(err, "> ")?;
+            err.flush()?;
+        }
+        let mut line = String::new();
+        if stdin.lock().read_line(&mut line)? == 0 {
+            return Ok(None);
+        }
+        let line = line.trim();
+        if !line.is_empty() {
+            return Ok(Some(line.to_owned()));
+        }
+    }
+}
+
+/// What went wrong with a sample, where something did.
+fn failure(outcome: &Outcome) -> Option<String> {
+    match outcome.stop {
+        Stop::NanInf | Stop::Prompt | Stop::Backend => Some(
+            outcome
+                .error
+                .clone()
+                .unwrap_or_else(|| "the sample failed".into()),
+        ),
+        Stop::Eos | Stop::Budget | Stop::Context => None,
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "the parts of one command, each used once")]
+fn ask(
+    args: &GenerateArgs,
+    config: &LoopConfig,
+    experts: &[String],
+    messages: &[Message],
+    backend: &mut dyn Backend,
+    host: &mut dyn Host,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> Result<Outcome, CliError> {
+    let info = backend.info().clone();
+    let source = PromptSource::Chat {
+        messages: messages.to_vec(),
+    };
+    let mut longest = 0;
+    for &model in &info.agents {
+        let model_info = &info.models[model.index()];
+        let length = backend
+            .encode(model, &source)
+            .map_err(|e| CliError::Usage(format!("--prompt: {e}")))?
+            .len() as u32;
+        if model_info.context.is_some_and(|context| length >= context) {
+            return Err(CliError::Usage(format!(
+                "--prompt: the prompt has {length} tokens, {} has a context of {}",
+                model_info.name,
+                model_info.context.unwrap_or_default()
+            )));
+        }
+        longest = longest.max(length);
+    }
+    let context = info.models.iter().filter_map(|m| m.context).min();
+    let wanted = longest.saturating_add(config.max_steps);
+    backend.reserve(1, wanted.min(context.unwrap_or(u32::MAX)))?;
+    let first = info.model_of(AgentId(0)).cloned().unwrap_or_default();
+    let names = info
+        .agents
+        .iter()
+        .map(|m| info.models[m.index()].name.clone())
+        .collect();
+    let title = messages.last().map_or("", |m| m.content.as_str());
+    let title: String = title.split_whitespace().collect::<Vec<_>>().join(" ");
+    let header = Header::new(format!("prompt: {title}"), names, config, first.vocab);
+    let rich = (args.trace && !args.json && host.output_terminal())
+        .then(|| host.timeline())
+        .flatten();
+    let mut view = View {
+        shape: match rich {
+            _ if args.json => Shape::Silent,
+            Some(view) => Shape::Timeline(view),
+            None if args.trace => Shape::Plain(Plain::new(&mut *out)),
+            None => Shape::Text(&mut *out),
+        },
+        host,
+        model: &first,
+        growing: Growing::default(),
+        outcome: None,
+        broken: None,
+    };
+    view.start(&header);
+    let job = Job {
+        key: JobKey {
+            item_id: "prompt".into(),
+            seed: args.seed,
+            sample: 0,
+        },
+        prompts: vec![source; info.agents.len()],
+        trace: true,
+    };
+    let options = RunOptions {
+        max_failures: 1,
+        rows: Some(1),
+    };
+    let ended = run(
+        backend,
+        config,
+        &options,
+        &mut std::iter::once(job),
+        &mut view,
+    );
+    let View {
+        outcome, broken, ..
+    } = view;
+    if let Some(error) = broken {
+        return Err(error.into());
+    }
+    if let Err(error) = ended {
+        if !args.json {
+            // What was printed has no line end yet.
+            let _ = writeln!(out);
+        }
+        return Err(error.into());
+    }
+    let outcome =
+        outcome.ok_or_else(|| CliError::Failed("the loop brought no answer".into()))?;
+    if !args.json && !args.trace {
+        writeln!(out)?;
+        if std::io::stderr().is_terminal() {
+            writeln!(err, "{}", facts(&outcome, experts).join("\n"))?;
+        }
+    }
+    Ok(outcome)
+}
+
+fn facts(outcome: &Outcome, experts: &[String]) -> Vec<String> {
+    let end = match outcome.stop {
+        Stop::Eos => "ended by itself",
+        Stop::Budget => "out of steps",
+        Stop::Context => "out of context",
+        Stop::NanInf | Stop::Prompt | Stop::Backend => "failed",
+    };
+    let link = if experts.len() == 1 { " (loopback)" } else { "" };
+    let mut facts = vec![format!(
+        "{} steps: {} latent, {} printed; {} switches; {end}",
+        outcome.total_steps(),
+        outcome.latent_steps,
+        outcome.explicit_tokens,
+        outcome.switches,
+    )];
+    facts.push(format!(
+        "link{link}: {} bytes up, {} bytes down; {:.2} s",
+        outcome.uplink_bytes, outcome.downlink_bytes, outcome.latency_s
+    ));
+    facts.extend(outcome.error.clone());
+    facts
+}
+
+enum Shape<'a> {
+    Silent,
+    Text(&'a mut dyn Write),
+    Plain(Plain<&'a mut dyn Write>),
+    Timeline(Box<dyn Timeline>),
+}
+
+/// Shows a sample as it runs.
+struct View<'a> {
+    shape: Shape<'a>,
+    host: &'a mut dyn Host,
+    model: &'a ModelInfo,
+    growing: Growing,
+    outcome: Option<Outcome>,
+    broken: Option<std::io::Error>,
+}
+
+impl View<'_> {
+    fn timeline(&mut self) -> Option<&mut dyn Timeline> {
+        match &mut self.shape {
+            Shape::Plain(plain) => Some(plain),
+            Shape::Timeline(view) => Some(&mut **view),
+            Shape::Silent | Shape::Text(_) => None,
+        }
+    }
+
+    fn start(&mut self, header: &Header) {
+        if let Some(view) = self.timeline() {
+            view.start(header);
+        }
+    }
+
+    fn print(&mut self, text: &str) {
+        if let Shape::Text(out) = &mut self.shape
+            && self.broken.is_none()
+        {
+            let written = write!(out, "{text}").and_then(|()| out.flush());
+            self.broken = written.err();
+        }
+    }
+}
+
+impl Sink for View<'_> {
+    fn finished(
+        &mut self,
+        outcome: Outcome,
+        info: &EnsembleInfo,
+        _: MemoryStats,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let rest = self.growing.finish();
+        self.print(&rest);
+        let experts: Vec<String> = info.agents.iter().map(ToString::to_string).collect();
+        let footer = Footer {
+            text: outcome.text.clone(),
+            facts: facts(&outcome, &experts),
+        };
+        if let Some(view) = self.timeline() {
+            view.finish(&footer);
+        }
+        self.outcome = Some(outcome);
+        Ok(())
+    }
+
+    fn step(&mut self, event: &StepEvent<'_>) {
+        if let Some(token) = event.token {
+            let text = self.growing.push(self.model, token);
+            self.print(&text);
+        }
+        let step = Step::of_event(event);
+        if let Some(view) = self.timeline() {
+            view.step(&step);
+        }
+    }
+
+    fn poll(&mut self) -> ControlFlow<()> {
+        if let Shape::Plain(plain) = &mut self.shape
+            && let Some(error) = plain.error.take()
+        {
+            self.broken = Some(error);
+        }
+        if self.broken.is_some() {
+            // Nobody reads any more, as behind `head`.
+            return ControlFlow::Break(());
+        }
+        self.host.poll()
+    }
+}
