@@ -9,12 +9,12 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dlmom_benches::{Lcg, cheap_backend, logits, packet};
 use dlmom_core::{
-    AlphaUnit, ConsensusSpec, Controller, ControllerSpec, Gate, GateController, NoiseSpec, Request,
+    AlphaUnit, ConsensusSpec, ControllerSpec, Gate, GateController, NoiseSpec, Request,
     RowReadout, SamplingSpec, Scratch, Start, Stream, noise, read_row, top_k,
 };
 use dlmom_packet::{Encoding, Meta, decode_exact, encode_into, encoded_len};
 use dlmom_runtime::{
-    EnsembleInfo, Job, JobKey, LoopConfig, MemoryStats, Outcome, PromptSource, RunOptions, Sink,
+    EnsembleInfo, Job, JobKey, LinkSpec, LoopConfig, MemoryStats, Outcome, PromptSource, RunOptions, Sink,
     run,
 };
 
@@ -168,6 +168,7 @@ fn round(c: &mut Criterion) {
     group.sample_size(20);
     let config = LoopConfig {
         k: 50,
+        link: LinkSpec::default(),
         controller: spec(Gate::Threshold),
         consensus: ConsensusSpec::paper(),
         noise: NoiseSpec::None,

@@ -19,10 +19,7 @@ pub struct CompletionsArgs {
     pub name: String,
 }
 
-pub(crate) fn command(
-    args: &CompletionsArgs,
-    out: &mut dyn Write,
-) -> Result<ExitStatus, CliError> {
+pub(crate) fn command(args: &CompletionsArgs, out: &mut dyn Write) -> Result<ExitStatus, CliError> {
     // The generator panics where it cannot write, so it writes into memory.
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), &args.name, &mut script);

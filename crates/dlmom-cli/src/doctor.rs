@@ -265,7 +265,8 @@ fn describe(device: &Device) -> String {
             size(device.free_bytes)
         );
     }
-    let (good, bad): (Vec<_>, Vec<_>) = device.dtypes.iter().partition(|(_, error)| error.is_null());
+    let (good, bad): (Vec<_>, Vec<_>) =
+        device.dtypes.iter().partition(|(_, error)| error.is_null());
     let names: Vec<&str> = good.iter().map(|(name, _)| name.as_str()).collect();
     let works = if names.is_empty() {
         "nothing".to_owned()

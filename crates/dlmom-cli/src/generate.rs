@@ -267,11 +267,23 @@ pub(crate) fn command(
     }
     let mut next = first;
     loop {
-        let Some(text) = next.take().map_or_else(|| read_line(args, err), |t| Ok(Some(t)))? else {
+        let Some(text) = next
+            .take()
+            .map_or_else(|| read_line(args, err), |t| Ok(Some(t)))?
+        else {
             return Ok(ExitStatus::Success);
         };
         messages.push(message("user", &text));
-        let outcome = ask(args, &config, &experts, &messages, &mut *backend, host, out, err)?;
+        let outcome = ask(
+            args,
+            &config,
+            &experts,
+            &messages,
+            &mut *backend,
+            host,
+            out,
+            err,
+        )?;
         if let Some(writer) = &mut traces
             && let Some(trace) = &outcome.trace
         {
@@ -340,7 +352,10 @@ fn failure(outcome: &Outcome) -> Option<String> {
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the parts of one command, each used once")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the parts of one command, each used once"
+)]
 fn ask(
     args: &GenerateArgs,
     config: &LoopConfig,
@@ -433,8 +448,7 @@ fn ask(
         }
         return Err(error.into());
     }
-    let outcome =
-        outcome.ok_or_else(|| CliError::Failed("the loop brought no answer".into()))?;
+    let outcome = outcome.ok_or_else(|| CliError::Failed("the loop brought no answer".into()))?;
     if !args.json && !args.trace {
         writeln!(out)?;
         if std::io::stderr().is_terminal() {
@@ -451,7 +465,11 @@ fn facts(outcome: &Outcome, experts: &[String]) -> Vec<String> {
         Stop::Context => "out of context",
         Stop::NanInf | Stop::Prompt | Stop::Backend => "failed",
     };
-    let link = if experts.len() == 1 { " (loopback)" } else { "" };
+    let link = if experts.len() == 1 {
+        " (loopback)"
+    } else {
+        ""
+    };
     let mut facts = vec![format!(
         "{} steps: {} latent, {} printed; {} switches; {end}",
         outcome.total_steps(),

@@ -219,7 +219,10 @@ fn zoo(name: &str) -> String {
 fn experts(host: &mut dyn Host, out: &mut dyn Write) -> Result<(), CliError> {
     let shipped = host.experts();
     if shipped.is_empty() {
-        writeln!(out, "experts ship with the Python package; this build has none")?;
+        writeln!(
+            out,
+            "experts ship with the Python package; this build has none"
+        )?;
         return Ok(());
     }
     let mut rows = table(&["expert", "what"]);
@@ -235,11 +238,7 @@ fn presets(out: &mut dyn Write) -> Result<(), CliError> {
     Ok(())
 }
 
-fn json_of(
-    what: What,
-    plan: &Plan,
-    host: &mut dyn Host,
-) -> Result<Value, CliError> {
+fn json_of(what: What, plan: &Plan, host: &mut dyn Host) -> Result<Value, CliError> {
     let all = what == What::All;
     let mut object = Map::new();
     if all || what == What::Suites {

@@ -55,7 +55,12 @@ pub struct ReplayArgs {
     #[arg(value_name = "ID")]
     pub ids: Vec<String>,
     /// Rule of the controller.
-    #[arg(long, value_enum, hide_possible_values = true, value_name = "threshold|trend|always-latent|always-explicit")]
+    #[arg(
+        long,
+        value_enum,
+        hide_possible_values = true,
+        value_name = "threshold|trend|always-latent|always-explicit"
+    )]
     pub gate: Option<GateWord>,
     /// Entropy threshold.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
@@ -79,7 +84,12 @@ pub struct ReplayArgs {
     #[arg(long, value_name = "N")]
     pub min_dwell_explicit: Option<u32>,
     /// What decides the first step.
-    #[arg(long, value_enum, hide_possible_values = true, value_name = "latent|gate")]
+    #[arg(
+        long,
+        value_enum,
+        hide_possible_values = true,
+        value_name = "latent|gate"
+    )]
     pub start: Option<StartWord>,
     /// One JSON object.
     #[arg(long)]
@@ -234,7 +244,10 @@ impl Tally {
     }
 
     fn both(&self) -> String {
-        let show = |q| self.quantile(q).map_or_else(|| "-".into(), |v| format!("{v:.0}"));
+        let show = |q| {
+            self.quantile(q)
+                .map_or_else(|| "-".into(), |v| format!("{v:.0}"))
+        };
         format!("{}/{}", show(0.5), show(0.9))
     }
 
@@ -272,9 +285,8 @@ pub(crate) fn command(args: &ReplayArgs, out: &mut dyn Write) -> Result<ExitStat
             run.display()
         )));
     }
-    let manifest = read_manifest(run)?.ok_or_else(|| {
-        CliError::Usage(format!("{}: holds no run (no run.json)", run.display()))
-    })?;
+    let manifest = read_manifest(run)?
+        .ok_or_else(|| CliError::Usage(format!("{}: holds no run (no run.json)", run.display())))?;
     let mut cells = Vec::new();
     for id in chosen(args, &manifest)? {
         cells.push(cell(args, &id)?);
@@ -399,9 +411,8 @@ fn read(path: &Path) -> Result<Vec<Recorded>, CliError> {
 }
 
 fn cell(args: &ReplayArgs, id: &str) -> Result<Replayed, CliError> {
-    let experiment = read_config(&args.run, id)?.ok_or_else(|| {
-        CliError::Usage(format!("{}: no configs/{id}.yaml", args.run.display()))
-    })?;
+    let experiment = read_config(&args.run, id)?
+        .ok_or_else(|| CliError::Usage(format!("{}: no configs/{id}.yaml", args.run.display())))?;
     let spec = args.knobs(&experiment)?;
     let mut found = Replayed {
         id: id.to_owned(),

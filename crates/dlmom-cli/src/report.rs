@@ -109,7 +109,7 @@ fn note(cell: &CellKind, summary: Option<&Summary>) -> String {
     }
 }
 
-const COLUMNS: [&str; 13] = [
+const COLUMNS: [&str; 14] = [
     "cell",
     "n",
     "seeds",
@@ -122,11 +122,28 @@ const COLUMNS: [&str; 13] = [
     "steps",
     "KL",
     "B/step",
+    "B/solved",
     "note",
 ];
 
-/// One row of the table; `-` where there is nothing to say.
-fn line(id: &str, kind: &CellKind, summary: Option<&Summary>) -> [String; COLUMNS.len()] {
+/// Bytes in at most five characters: whole below 10,000, then thousands and millions.
+fn short(bytes: f64) -> String {
+    if bytes < 9_999.5 {
+        format!("{bytes:.0}")
+    } else if bytes < 9_999_500.0 {
+        format!("{:.0}k", bytes / 1e3)
+    } else {
+        format!("{:.0}M", bytes / 1e6)
+    }
+}
+
+/// One row of the table; `-` where there is nothing to say. Bytes are shown where `links` matter.
+fn line(
+    id: &str,
+    kind: &CellKind,
+    summary: Option<&Summary>,
+    links: bool,
+) -> [String; COLUMNS.len()] {
     let nothing = || "-".to_owned();
     let Some(s) = summary else {
         let mut empty = [(); COLUMNS.len()].map(|()| nothing());
@@ -135,8 +152,10 @@ fn line(id: &str, kind: &CellKind, summary: Option<&Summary>) -> [String; COLUMN
         return empty;
     };
     let accuracy = &s.accuracy;
-    let bytes = match (s.uplink.per_step, s.downlink.per_step) {
-        (Some(up), Some(down)) if up + down > 0.0 => format!("{up:.0}/{down:.0}"),
+    let bytes = |up: Option<f64>, down: Option<f64>| match (up, down) {
+        (Some(up), Some(down)) if links && up + down > 0.0 => {
+            format!("{}/{}", short(up), short(down))
+        }
         _ => nothing(),
     };
     [
@@ -164,7 +183,8 @@ fn line(id: &str, kind: &CellKind, summary: Option<&Summary>) -> [String; COLUMN
         s.noise_kl
             .filter(|kl| *kl > 0.0)
             .map_or_else(nothing, |kl| format!("{kl:.3}")),
-        bytes,
+        bytes(s.uplink.per_step, s.downlink.per_step),
+        bytes(s.uplink.per_solved, s.downlink.per_solved),
         note(kind, Some(s)),
     ]
 }
@@ -184,6 +204,8 @@ pub(crate) fn finished(
     summaries: &HashMap<String, Summary>,
     dir: &RunDir,
 ) -> Result<(), CliError> {
+    // With one agent the link is a loopback: of interest in the suite about links, elsewhere two more columns.
+    let links = dir.manifest().experts > 1 || plan.cells.iter().any(|c| c.experiment.suite == "A3");
     let lines: Vec<[String; COLUMNS.len()]> = plan
         .cells
         .iter()
@@ -192,6 +214,7 @@ pub(crate) fn finished(
                 &cell.experiment.id,
                 &cell.kind,
                 summaries.get(&cell.experiment.id),
+                links,
             )
         })
         .collect();
@@ -219,7 +242,7 @@ pub(crate) fn finished(
     writeln!(out, "{rows}")?;
     writeln!(
         out,
-        "acc: strict answers, Wilson interval over items; flex: any answer found; d REF: paired difference in points, exact McNemar p (`aggregate` adds Holm);\nswitches: p50/p90 per sample; KL: of the noise, nats per latent step; B/step: uplink/downlink bytes"
+        "acc: strict answers, Wilson interval over items; flex: any answer found; d REF: paired difference in points, exact McNemar p (`aggregate` adds Holm);\nswitches: p50/p90 per sample; KL: of the noise, nats per latent step; B/step, B/solved: uplink/downlink bytes per step and per solved sample"
     )?;
     diagnosis(out, plan, summaries)?;
     let root = dir.root().display();

@@ -36,17 +36,17 @@ pub struct ShowArgs {
 
 /// Every line of a JSON Lines file.
 fn lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, CliError> {
-    let file =
-        File::open(path).map_err(|e| CliError::Usage(format!("{}: {e}", path.display())))?;
+    let file = File::open(path).map_err(|e| CliError::Usage(format!("{}: {e}", path.display())))?;
     let mut rows = Vec::new();
     for (index, line) in BufReader::new(file).lines().enumerate() {
         let line = line?;
         if line.trim().is_empty() {
             continue;
         }
-        rows.push(serde_json::from_str(&line).map_err(|e| {
-            CliError::Usage(format!("{}:{}: {e}", path.display(), index + 1))
-        })?);
+        rows.push(
+            serde_json::from_str(&line)
+                .map_err(|e| CliError::Usage(format!("{}:{}: {e}", path.display(), index + 1)))?,
+        );
     }
     Ok(rows)
 }
@@ -167,12 +167,18 @@ pub(crate) fn command(
         return Ok(ExitStatus::Success);
     };
     let experiment = read_config(&args.run, id)?.ok_or_else(|| {
-        CliError::Usage(format!("{}: configs/{id}.yaml is missing", args.run.display()))
+        CliError::Usage(format!(
+            "{}: configs/{id}.yaml is missing",
+            args.run.display()
+        ))
     })?;
     let config = experiment.loop_config()?;
     let experts = names(&manifest.context, &manifest.models);
     let mut header = Header::new(
-        format!("{id}, item {}, seed {}, {}", key.item_id, key.seed, row.bench),
+        format!(
+            "{id}, item {}, seed {}, {}",
+            key.item_id, key.seed, row.bench
+        ),
         experts,
         &config,
         0,
@@ -195,23 +201,21 @@ pub(crate) fn command(
     view.start(&header);
     Step::of_trace(&trace.trace).for_each(|step| view.step(&step));
     view.finish(&footer);
-    view.error.map_or(Ok(ExitStatus::Success), |e| Err(e.into()))
+    view.error
+        .map_or(Ok(ExitStatus::Success), |e| Err(e.into()))
 }
 
 /// Names of the experts, by agent.
 fn names(context: &serde_json::Value, models: &serde_json::Value) -> Vec<String> {
-    let name = |model: usize| {
-        models[model]["name"]
-            .as_str()
-            .unwrap_or("?")
-            .to_owned()
-    };
-    context["agents"].as_array().map_or_else(Vec::new, |agents| {
-        agents
-            .iter()
-            .filter_map(|m| m.as_u64().map(|m| name(m as usize)))
-            .collect()
-    })
+    let name = |model: usize| models[model]["name"].as_str().unwrap_or("?").to_owned();
+    context["agents"]
+        .as_array()
+        .map_or_else(Vec::new, |agents| {
+            agents
+                .iter()
+                .filter_map(|m| m.as_u64().map(|m| name(m as usize)))
+                .collect()
+        })
 }
 
 fn facts(row: &RawRow) -> Vec<String> {

@@ -8,7 +8,9 @@ use dlmom_runtime::{LoopConfig, ModelInfo, StepEvent, Trace};
 use serde::Serialize;
 
 /// Entries of a packet named in a line.
-pub(crate) const TOP: usize = 3;
+pub(crate) const TOP: usize = 5;
+/// Entries that a plain line has room for.
+const PLAIN_TOP: usize = 3;
 /// Cells of the entropy bar of plain lines.
 const BAR: usize = 10;
 
@@ -244,6 +246,7 @@ impl<W: Write> Timeline for Plain<W> {
         let next = if step.latent() {
             step.top
                 .iter()
+                .take(PLAIN_TOP)
                 .map(|(text, p)| format!("{} {p:.2}", quoted(text)))
                 .collect::<Vec<_>>()
                 .join("  ")

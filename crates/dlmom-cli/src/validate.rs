@@ -44,7 +44,12 @@ pub struct ValidateArgs {
     #[arg(required = true, value_name = "PATH")]
     pub paths: Vec<PathBuf>,
     /// What the paths hold [default: as they look].
-    #[arg(long, value_enum, hide_possible_values = true, value_name = "run|suites|packet|rows")]
+    #[arg(
+        long,
+        value_enum,
+        hide_possible_values = true,
+        value_name = "run|suites|packet|rows"
+    )]
     pub kind: Option<What>,
 }
 
@@ -197,7 +202,11 @@ struct Facts {
 }
 
 /// Calls `visit` on every whole line with its number from 1. A torn last line is a problem.
-fn each_line(path: &Path, found: &mut Findings, mut visit: impl FnMut(&mut Findings, usize, &[u8])) {
+fn each_line(
+    path: &Path,
+    found: &mut Findings,
+    mut visit: impl FnMut(&mut Findings, usize, &[u8]),
+) {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) => return found.at(path, &format!("cannot read: {error}")),
@@ -406,11 +415,7 @@ impl Record {
 }
 
 /// Reads traces; those of a run are checked against its rows.
-fn traces(
-    path: &Path,
-    run: Option<(&str, &HashMap<JobKey, Facts>, bool)>,
-    found: &mut Findings,
-) {
+fn traces(path: &Path, run: Option<(&str, &HashMap<JobKey, Facts>, bool)>, found: &mut Findings) {
     let mut last: HashMap<JobKey, (usize, Vec<String>)> = HashMap::new();
     let before = found.problems.len();
     each_line(path, found, |found, line, bytes| {
@@ -645,7 +650,10 @@ fn strays(root: &Path, manifest: &Manifest, found: &mut Findings) {
         let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
         files.sort();
         for file in files {
-            let name = file.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            let name = file
+                .file_name()
+                .and_then(|n| n.to_str())
+                .unwrap_or_default();
             if let Some(id) = name.strip_suffix(".jsonl")
                 && !manifest.cells.iter().any(|cell| cell.id == id)
             {

@@ -21,10 +21,11 @@ mod _core {
 
     #[pymodule_export]
     use crate::errors::{
-        BackendFailure, Cancelled, ConfigError, DlmomError, PacketError, ProtocolError, RunDataError,
+        BackendFailure, Cancelled, ConfigError, DlmomError, PacketError, ProtocolError,
+        RunDataError,
     };
     #[pymodule_export]
-    use crate::loops::{CancelToken, PySession, conformance, loop_config};
+    use crate::loops::{CancelToken, PySession, conformance, conformance_of_parts, loop_config};
     #[pymodule_export]
     use crate::table::{ArrowTable, run_table};
     #[pymodule_export]

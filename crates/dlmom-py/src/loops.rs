@@ -5,9 +5,12 @@ use std::ops::ControlFlow;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use dlmom_core::{
+    AlphaUnit, Controller, ControllerFailure, ControllerSpec, Gate, RuleController, Start,
+};
 use dlmom_packet::BeliefPacket;
 use dlmom_runs::{Overrides, Registry, Setting};
-use dlmom_runtime::conformance::{Preset, Settings, check};
+use dlmom_runtime::conformance::{Preset, Settings, check, check_consensus, check_controller};
 use dlmom_runtime::{
     EnsembleInfo, Hooks, Job, LoopConfig, MemoryStats, Outcome, RunError, RunOptions, Session,
     Sink, StepEvent,
@@ -320,4 +323,45 @@ pub fn conformance(py: Python<'_>, engine: &Bound<'_, PyAny>, tolerance: f64) ->
         Ok(())
     })
     .map_err(|e: dlmom_runtime::conformance::Violation| ProtocolError::new_err(e.to_string()))
+}
+
+/// Runs the conformance kit on a user's own parts: `controller` is a class or callable without
+/// arguments, `consensus` an object with `merge`; either may be None.
+///
+/// Raises `ProtocolError` naming the first rule broken.
+#[pyfunction]
+#[pyo3(signature = (controller=None, consensus=None))]
+pub fn conformance_of_parts(
+    py: Python<'_>,
+    controller: Option<Py<PyAny>>,
+    consensus: Option<&Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    let broken = |e: dlmom_runtime::conformance::Violation| ProtocolError::new_err(e.to_string());
+    if let Some(object) = consensus {
+        let consensus = PyConsensus::new(object)?;
+        py.detach(|| check_consensus(&consensus)).map_err(broken)?;
+    }
+    if let Some(factory) = controller {
+        // Budgets wide enough that every wish counts.
+        let spec = ControllerSpec {
+            gate: Gate::Threshold,
+            w: None,
+            alpha: 0.5,
+            alpha_unit: AlphaUnit::Normalized,
+            cap: -1,
+            min_dwell_latent: 1,
+            min_dwell_explicit: 1,
+            convergence_threshold: None,
+            slope_eps: None,
+            var_eps: None,
+            max_latent_steps: 1_000,
+            start: Start::Gate,
+        };
+        let mut make = || -> Result<Box<dyn Controller>, ControllerFailure> {
+            let rule = Box::new(PyRule::make(&factory)?);
+            Ok(Box::new(RuleController::new(&spec, rule)?))
+        };
+        py.detach(|| check_controller(&mut make)).map_err(broken)?;
+    }
+    Ok(())
 }

@@ -3,8 +3,8 @@
 use std::str::FromStr;
 
 use dlmom_core::{
-    AlphaUnit, Consensus, ConsensusSpec, ControllerSpec, Decision, Force, Gate,
-    GateController, Request, RowReadout, Scratch, Start, read_row, stats,
+    AlphaUnit, Consensus, ConsensusSpec, ControllerSpec, Decision, Force, Gate, GateController,
+    Request, RowReadout, Scratch, Start, read_row, stats,
 };
 use dlmom_packet::{
     BeliefPacket, Encoding, Meta, PacketReader, Transcript, decode_exact, encode as encode_packet,
@@ -324,8 +324,8 @@ impl PyController {
     #[new]
     fn new(spec: &str) -> PyResult<Self> {
         let spec = controller_spec(spec)?;
-        let state =
-            GateController::new(&spec).map_err(|e| ConfigError::new_err(format!("controller: {e}")))?;
+        let state = GateController::new(&spec)
+            .map_err(|e| ConfigError::new_err(format!("controller: {e}")))?;
         Ok(Self {
             spec,
             state: std::sync::Mutex::new(state),
@@ -414,8 +414,8 @@ pub fn consensus_core<'py>(
     vocab: usize,
     spec: &str,
 ) -> PyResult<(Bound<'py, PyBytes>, Vec<f64>, f64)> {
-    let spec: ConsensusSpec = serde_json::from_str(spec)
-        .map_err(|e| ConfigError::new_err(format!("consensus: {e}")))?;
+    let spec: ConsensusSpec =
+        serde_json::from_str(spec).map_err(|e| ConfigError::new_err(format!("consensus: {e}")))?;
     spec.validate()
         .map_err(|e| ConfigError::new_err(format!("consensus: {e}")))?;
     let values = floats(logits);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use dlmom_core::ConsensusSpec;
+use dlmom_core::{Consensus, ConsensusSpec, Controller, ControllerFailure, Decision, Force, Mode};
 use dlmom_packet::BeliefPacket;
 
 use crate::backend::{Backend, BackendError, Feed, LaneSpec, ReadRow, Readout, Row, Want};
@@ -41,6 +41,14 @@ pub enum Rule {
     VersusMeasures,
     /// Unknown slots, ids beyond the vocabulary, rows named twice and empty feeds are refused.
     NonsenseIsRefused,
+    /// The same rows merge to the same bits, whatever was merged before.
+    ConsensusIsPure,
+    /// Finite rows merge to finite values.
+    ConsensusIsFinite,
+    /// Fresh controllers fed the same entropies decide the same.
+    ControllerReplays,
+    /// Switches and latent steps are those of the decisions; the first is no switch; forced steps are explicit.
+    ControllerCounts,
     /// A slot's failure in numbers is a flag; set-up calls succeed.
     SetUp,
 }
@@ -138,6 +146,124 @@ pub fn check(backend: &mut dyn Backend, settings: Settings) -> Result<(), Violat
     let slots: Vec<SlotId> = (0..info.slots).map(SlotId).collect();
     kit.backend.close(&slots);
     Ok(())
+}
+
+fn broken(rule: Rule, seen: impl Into<String>) -> Violation {
+    Violation {
+        rule,
+        seen: seen.into(),
+    }
+}
+
+/// Centred rows of `experts` over `vocab` tokens, a fixed function of `salt`.
+fn centred_rows(experts: usize, vocab: usize, salt: usize) -> Vec<Vec<f32>> {
+    (0..experts)
+        .map(|expert| {
+            let raw: Vec<f32> = (0..vocab)
+                .map(|v| (((v * 31 + expert * 17 + salt * 7) % 53) as f32 - 26.0) * 0.25)
+                .collect();
+            let mean = raw.iter().sum::<f32>() / vocab as f32;
+            raw.into_iter().map(|z| z - mean).collect()
+        })
+        .collect()
+}
+
+/// Runs the rules of a consensus operator, a user's own included.
+///
+/// # Errors
+/// The first rule broken; [`Rule::SetUp`] with the operator's own failure.
+pub fn check_consensus(consensus: &dyn Consensus) -> Result<(), Violation> {
+    let merge = |experts: usize, vocab: usize, salt: usize| {
+        let rows = centred_rows(experts, vocab, salt);
+        let views: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+        let mut out = vec![f32::NAN; vocab];
+        consensus.merge(&views, &mut out);
+        match consensus.take_failure() {
+            Some(error) => Err(broken(Rule::SetUp, error.to_string())),
+            None => Ok(out),
+        }
+    };
+    for (experts, vocab) in [(2, 8), (3, 491), (2, 1024)] {
+        let first = merge(experts, vocab, 1)?;
+        if let Some(at) = first.iter().position(|z| !z.is_finite()) {
+            return Err(broken(
+                Rule::ConsensusIsFinite,
+                format!("token {at} of {vocab} merges to {}", first[at]),
+            ));
+        }
+        merge(experts, vocab, 2)?;
+        let again = merge(experts, vocab, 1)?;
+        let same = first
+            .iter()
+            .zip(&again)
+            .all(|(a, b)| a.to_bits() == b.to_bits());
+        if !same {
+            return Err(broken(
+                Rule::ConsensusIsPure,
+                format!("{experts} rows of {vocab} tokens merge differently the second time"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Runs the rules of a controller, a user's own included; `make` gives a fresh one.
+///
+/// # Errors
+/// The first rule broken; [`Rule::SetUp`] with the controller's own failure.
+pub fn check_controller(
+    make: &mut dyn FnMut() -> Result<Box<dyn Controller>, ControllerFailure>,
+) -> Result<(), Violation> {
+    let failed = |error: ControllerFailure| broken(Rule::SetUp, error.to_string());
+    let entropies: Vec<f64> = (0..64_u32)
+        .map(|step| f64::from((step * 37 + 11) % 64) / 64.0)
+        .collect();
+    let force = |step: usize| match step {
+        20 => Some(Force::EosCertain),
+        60.. => Some(Force::AnswerReserve),
+        _ => None,
+    };
+    let mut runs: Vec<Vec<Decision>> = Vec::new();
+    for _ in 0..2 {
+        let mut controller = make().map_err(failed)?;
+        let (mut switches, mut latent, mut last) = (0, 0, None);
+        let mut decisions = Vec::new();
+        for (step, &entropy) in entropies.iter().enumerate() {
+            let decision = controller.observe(entropy, force(step)).map_err(failed)?;
+            let switched = last.is_some_and(|mode| mode != decision.mode);
+            switches += u32::from(switched);
+            latent += u32::from(decision.mode == Mode::Latent);
+            last = Some(decision.mode);
+            let counted = (
+                controller.switches(),
+                controller.latent_steps(),
+                controller.mode(),
+            );
+            if decision.switched != switched || counted != (switches, latent, last) {
+                return Err(broken(
+                    Rule::ControllerCounts,
+                    format!(
+                        "step {step}: counts {counted:?}, decisions make {switches} switches and {latent} latent steps"
+                    ),
+                ));
+            }
+            if force(step).is_some() && decision.mode == Mode::Latent {
+                return Err(broken(
+                    Rule::ControllerCounts,
+                    format!("step {step} is latent although explicit mode was forced"),
+                ));
+            }
+            decisions.push(decision);
+        }
+        runs.push(decisions);
+    }
+    match (0..entropies.len()).find(|&step| runs[0][step] != runs[1][step]) {
+        Some(step) => Err(broken(
+            Rule::ControllerReplays,
+            format!("step {step}: {:?}, then {:?}", runs[0][step], runs[1][step]),
+        )),
+        None => Ok(()),
+    }
 }
 
 fn row<'a>(slot: u32, feeds: &'a [(AgentId, Feed<'a>)], merge: &'a [AgentId]) -> Row<'a> {

@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::backend::PromptSource;
 
 /// Identifies a sample within an experiment.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 pub struct JobKey {
     /// Stable id of the benchmark item.
     pub item_id: String,

@@ -377,3 +377,117 @@ fn every_broken_mock_is_found_by_the_rule_it_breaks() {
 fn the_wrapper_without_a_fault_passes() {
     check(&mut Broken::new(Fault::None), EXACT).unwrap();
 }
+
+/// Counts how often it was asked, and lets the count into the result.
+struct Forgetful(std::sync::atomic::AtomicU32);
+
+impl Consensus for Forgetful {
+    fn name(&self) -> &'static str {
+        "forgetful"
+    }
+    fn merge(&self, centred: &[&[f32]], out: &mut [f32]) {
+        let calls = self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        out.copy_from_slice(centred[0]);
+        out[0] += calls as f32;
+    }
+}
+
+struct NotANumber;
+
+impl Consensus for NotANumber {
+    fn name(&self) -> &'static str {
+        "nan"
+    }
+    fn merge(&self, _: &[&[f32]], out: &mut [f32]) {
+        out.fill(0.0);
+        out[3] = f32::NAN;
+    }
+}
+
+#[test]
+fn operators_are_pure_and_finite() {
+    use dlmom_core::ConsensusSpec;
+    use dlmom_runtime::conformance::check_consensus;
+    check_consensus(&ConsensusSpec::paper()).unwrap();
+    check_consensus(&ConsensusSpec::Mean).unwrap();
+    let rule = |consensus: &dyn Consensus| check_consensus(consensus).unwrap_err().rule;
+    assert_eq!(rule(&Forgetful(0.into())), Rule::ConsensusIsPure);
+    assert_eq!(rule(&NotANumber), Rule::ConsensusIsFinite);
+}
+
+#[test]
+fn controllers_replay_and_count() {
+    use dlmom_core::{
+        AlphaUnit, Controller, ControllerFailure, ControllerSpec, Decision, Force, Gate,
+        GateController, Mode, Reason, Start,
+    };
+    use dlmom_runtime::conformance::check_controller;
+    let spec = |gate| ControllerSpec {
+        gate,
+        w: Some(4),
+        alpha: 0.5,
+        alpha_unit: AlphaUnit::Normalized,
+        cap: 9,
+        min_dwell_latent: 2,
+        min_dwell_explicit: 1,
+        convergence_threshold: None,
+        slope_eps: None,
+        var_eps: None,
+        max_latent_steps: 20,
+        start: Start::Latent,
+    };
+    for gate in [
+        Gate::Threshold,
+        Gate::Trend,
+        Gate::AlwaysLatent,
+        Gate::AlwaysExplicit,
+    ] {
+        check_controller(&mut || Ok(Box::new(GateController::new(&spec(gate))?))).unwrap();
+    }
+    /// Wrong in one of several ways.
+    struct Wrong(u32, u32);
+    impl Controller for Wrong {
+        fn observe(&mut self, _: f64, _: Option<Force>) -> Result<Decision, ControllerFailure> {
+            self.1 += 1;
+            match self.0 {
+                0 => Err("no idea".into()),
+                1 => Ok(Decision {
+                    mode: Mode::Latent,
+                    switched: true,
+                    reason: Reason::Always,
+                }),
+                _ => Ok(Decision {
+                    mode: Mode::Latent,
+                    switched: false,
+                    reason: Reason::Always,
+                }),
+            }
+        }
+        fn switches(&self) -> u32 {
+            0
+        }
+        fn latent_steps(&self) -> u32 {
+            self.1
+        }
+        fn mode(&self) -> Option<Mode> {
+            Some(Mode::Latent)
+        }
+    }
+    let rule = |kind| {
+        check_controller(&mut || Ok(Box::new(Wrong(kind, 0))))
+            .unwrap_err()
+            .rule
+    };
+    assert_eq!(rule(0), Rule::SetUp);
+    assert_eq!(rule(1), Rule::ControllerCounts);
+    assert_eq!(rule(2), Rule::ControllerCounts, "latent although forced");
+    // A controller that knows which run it is in does not replay.
+    let mut made = 0;
+    let violation = check_controller(&mut || {
+        made += 1;
+        let mut spec = spec(Gate::Threshold);
+        spec.alpha = 0.3 * f64::from(made);
+        Ok(Box::new(GateController::new(&spec)?))
+    });
+    assert_eq!(violation.unwrap_err().rule, Rule::ControllerReplays);
+}

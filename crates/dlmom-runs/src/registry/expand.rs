@@ -287,14 +287,13 @@ impl Registry {
             answer_cue,
             k: knobs.k.value().unwrap_or(K),
             // Consensus cannot merge embeddings, so agents that send it no more than their messages send packets.
-            comm: knobs
-                .comm
-                .value()
-                .unwrap_or(if setting.shared_model && support == Support::Full {
+            comm: knobs.comm.value().unwrap_or(
+                if setting.shared_model && support == Support::Full {
                     Comm::Embed
                 } else {
                     Comm::Belief
-                }),
+                },
+            ),
             encoding: knobs.encoding.value().unwrap_or(WireEncoding::F32),
             support,
             kv: knobs.kv.value().unwrap_or(Kv::None),
