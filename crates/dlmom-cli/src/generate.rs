@@ -8,9 +8,9 @@ use clap::{Args, ValueEnum};
 use dlmom_core::{AlphaUnit, Gate, NoiseSpec, SamplingSpec};
 use dlmom_runs::{Answer, JsonlWriter, Overrides, REF, Registry, Setting, TraceLine};
 use dlmom_runtime::{
-    AgentId, Backend, EnsembleInfo, Job, JobKey, LinkMessage, LoopConfig, MemoryStats, Message,
-    ModelInfo, Outcome, PromptSource, RunOptions, Sink, StepEvent, Stop, Support, WireEncoding,
-    check_vocabularies, run,
+    AgentId, Backend, BackendError, EnsembleInfo, Job, JobKey, LinkMessage, LoopConfig,
+    MemoryStats, Message, ModelInfo, Outcome, PromptSource, RunOptions, Sink, StepEvent, Stop,
+    Support, WireEncoding, check_vocabularies, run,
 };
 
 use crate::args::{Device, Dtype, alpha_unit, encoding, support};
@@ -375,7 +375,10 @@ fn ask(
         let model_info = &info.models[model.index()];
         let length = backend
             .encode(model, &source)
-            .map_err(|e| CliError::Usage(format!("--prompt: {e}")))?
+            .map_err(|e| match e {
+                BackendError::Invalid(what) => CliError::Usage(format!("--prompt: {what}")),
+                other => other.into(),
+            })?
             .len() as u32;
         if model_info.context.is_some_and(|context| length >= context) {
             return Err(CliError::Usage(format!(
@@ -412,6 +415,7 @@ fn ask(
         model: &first,
         growing: Growing::default(),
         outcome: None,
+        printed: false,
         broken: None,
     };
     view.start(&header);
@@ -436,13 +440,16 @@ fn ask(
         &mut view,
     );
     let View {
-        outcome, broken, ..
+        outcome,
+        broken,
+        printed,
+        ..
     } = view;
     if let Some(error) = broken {
         return Err(error.into());
     }
     if let Err(error) = ended {
-        if !args.json {
+        if printed {
             // What was printed has no line end yet.
             let _ = writeln!(out);
         }
@@ -499,6 +506,7 @@ struct View<'a> {
     model: &'a ModelInfo,
     growing: Growing,
     outcome: Option<Outcome>,
+    printed: bool,
     broken: Option<std::io::Error>,
 }
 
@@ -521,6 +529,7 @@ impl View<'_> {
         if let Shape::Text(out) = &mut self.shape
             && self.broken.is_none()
         {
+            self.printed |= !text.is_empty();
             let written = write!(out, "{text}").and_then(|()| out.flush());
             self.broken = written.err();
         }

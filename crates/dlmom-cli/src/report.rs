@@ -89,7 +89,7 @@ pub(crate) fn dry_run(
     Ok(())
 }
 
-fn note(cell: &CellKind, summary: Option<&Summary>) -> String {
+fn note(cell: &CellKind, summary: Option<&Summary>, reference: Option<&Summary>) -> String {
     match cell {
         CellKind::Alias { of } => format!("same as {of}"),
         CellKind::Skip { reason } => format!("skipped: {reason}"),
@@ -99,7 +99,13 @@ fn note(cell: &CellKind, summary: Option<&Summary>) -> String {
             };
             let mut notes = Vec::new();
             if summary.inert {
-                notes.push("inert: no sample differs from REF".to_owned());
+                let bytes = |s: &Summary| (s.uplink.total, s.downlink.total);
+                let same = reference.is_none_or(|r| bytes(r) == bytes(summary));
+                notes.push(if same {
+                    "inert: no sample differs from REF".to_owned()
+                } else {
+                    "every answer is REF's; only the bytes differ".to_owned()
+                });
             }
             for (label, count) in summary.failures.iter().filter(|(_, count)| **count > 0) {
                 notes.push(format!("{count} {label}"));
@@ -142,13 +148,14 @@ fn line(
     id: &str,
     kind: &CellKind,
     summary: Option<&Summary>,
+    reference: Option<&Summary>,
     links: bool,
 ) -> [String; COLUMNS.len()] {
     let nothing = || "-".to_owned();
     let Some(s) = summary else {
         let mut empty = [(); COLUMNS.len()].map(|()| nothing());
         id.clone_into(&mut empty[0]);
-        empty[COLUMNS.len() - 1] = note(kind, None);
+        empty[COLUMNS.len() - 1] = note(kind, None, None);
         return empty;
     };
     let accuracy = &s.accuracy;
@@ -185,7 +192,7 @@ fn line(
             .map_or_else(nothing, |kl| format!("{kl:.3}")),
         bytes(s.uplink.per_step, s.downlink.per_step),
         bytes(s.uplink.per_solved, s.downlink.per_solved),
-        note(kind, Some(s)),
+        note(kind, Some(s), reference),
     ]
 }
 
@@ -214,6 +221,7 @@ pub(crate) fn finished(
                 &cell.experiment.id,
                 &cell.kind,
                 summaries.get(&cell.experiment.id),
+                summaries.get(dlmom_runs::REF),
                 links,
             )
         })

@@ -154,9 +154,10 @@ impl From<RunError> for CliError {
     fn from(error: RunError) -> Self {
         match error {
             RunError::Interrupted(_) => Self::Interrupted,
-            RunError::Config(_) | RunError::Vocabulary { .. } | RunError::NoAgents => {
-                Self::Usage(error.to_string())
-            }
+            RunError::Config(_)
+            | RunError::Vocabulary { .. }
+            | RunError::EmbedLink { .. }
+            | RunError::NoAgents => Self::Usage(error.to_string()),
             // Exceptions of device libraries span lines; an error here is one.
             RunError::Backend { ref source, .. } => {
                 Self::Failed(one_line(&format!("{error}: {source}")))
