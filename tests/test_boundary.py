@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,67 @@ def test_wrong_logits_are_refused(ensemble: DeepLatentMoM, monkeypatch: pytest.M
         )
         with pytest.raises(TypeError, match="contiguous float32 CPU tensor"):
             ensemble.generate(["What is 2 plus 3 plus 4?"] * 2, config=LATENT)
+
+
+def session(ensemble: DeepLatentMoM, *, items: int = 2, **options: Any) -> _core.Session:
+    source = {"kind": "chat", "messages": [{"role": "user", "content": "What is 2 plus 3?"}]}
+    jobs = [
+        {
+            "key": {"item_id": str(item), "seed": 0, "sample": 0},
+            "prompts": [source] * options.pop("prompts", 2),
+            "trace": False,
+        }
+        for item in range(items)
+    ]
+    config = {**ensemble.default_config(), "max_steps": 3, "answer_reserve": 0}
+    return _core.Session(ensemble._engine, json.dumps(config), json.dumps(jobs), **options)
+
+
+def test_a_session_goes_turn_by_turn(ensemble: DeepLatentMoM) -> None:
+    running = session(ensemble, items=3, rows=2)
+    seen: list[tuple[list[int], int]] = []
+    more = True
+    while more:
+        more, events, finished = running.turn(True)
+        seen.append(([json.loads(event)["step"] for event, _ in events], len(finished)))
+    # Two rows for three samples: the third starts once a slot is free.
+    assert seen == [
+        ([0, 0], 0), ([1, 1], 0), ([2, 2], 2), ([0], 0), ([1], 0), ([2], 1), ([], 0),
+    ]  # fmt: skip
+    with pytest.raises(dlmom_rs.ProtocolError, match="the session has ended"):
+        running.turn(False)
+    running.close()
+
+
+def test_a_closed_session_has_freed_its_lanes(ensemble: DeepLatentMoM) -> None:
+    running = session(ensemble)
+    _, events, _ = running.turn(False)
+    assert events == []
+    assert ensemble._engine.length(1, 1) > 0
+    running.close()
+    running.close()
+    with pytest.raises(ValueError, match="no open lane"):
+        ensemble._engine.length(1, 1)
+    with pytest.raises(dlmom_rs.ProtocolError, match="the session has ended"):
+        running.turn(False)
+
+
+@pytest.mark.parametrize(
+    ("config", "jobs", "words"),
+    [("{", "[]", "config: "), ("{}", "[]", "config: "), (None, "[{}]", "jobs: ")],
+)
+def test_what_is_no_session_is_refused(
+    ensemble: DeepLatentMoM, config: str | None, jobs: str, words: str
+) -> None:
+    config = json.dumps(ensemble.default_config()) if config is None else config
+    with pytest.raises(dlmom_rs.ConfigError, match=words):
+        _core.Session(ensemble._engine, config, jobs)
+
+
+def test_a_job_needs_a_prompt_for_every_agent(ensemble: DeepLatentMoM) -> None:
+    running = session(ensemble, items=1, prompts=1)
+    with pytest.raises(dlmom_rs.ConfigError, match="item 0: 1 prompts for 2 agents"):
+        running.turn(False)
 
 
 @pytest.mark.parametrize(

@@ -165,9 +165,9 @@ class Answer:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda k, v: k, "answer with a pair"),
+        (lambda k, _: k, "answer with a pair"),
         (lambda k, v: (k[:, :2], v), "keys of shape .* a compressor may change values, not"),
-        (lambda k, v: (k, None), "values of shape NoneType"),
+        (lambda k, _: (k, None), "values of shape NoneType"),
     ],
 )
 def test_what_a_compressor_may_not_answer(

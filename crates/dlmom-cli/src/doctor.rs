@@ -27,7 +27,7 @@ struct Report {
     cpu: Cpu,
     memory: Memory,
     /// What each device can do.
-    devices: Vec<Device>,
+    devices: Vec<DeviceReport>,
     data: Data,
     /// What is not there and not needed.
     missing: Vec<Missing>,
@@ -54,7 +54,7 @@ struct Memory {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Device {
+struct DeviceReport {
     /// As `--device` names it.
     device: String,
     name: String,
@@ -121,15 +121,14 @@ pub(crate) fn command(
     if !args.json {
         let facts = build::FACTS.map(|(name, value)| (name.to_owned(), value.to_owned()));
         section(out, "build", &facts)?;
-        match &parsed {
-            Some(report) => show(report, out)?,
-            None => {
-                section(out, "machine", &[("cores".to_owned(), cores.to_string())])?;
-                writeln!(
-                    out,
-                    "libraries, devices and data: use the doctor of the Python package"
-                )?;
-            }
+        if let Some(report) = &parsed {
+            show(report, out)?;
+        } else {
+            section(out, "machine", &[("cores".to_owned(), cores.to_string())])?;
+            writeln!(
+                out,
+                "libraries, devices and data: use the doctor of the Python package"
+            )?;
         }
     }
     Ok(if problems == 0 {
@@ -255,7 +254,7 @@ fn show(report: &Report, out: &mut dyn Write) -> Result<(), CliError> {
     Ok(())
 }
 
-fn describe(device: &Device) -> String {
+fn describe(device: &DeviceReport) -> String {
     let mut text = device.name.clone();
     if device.total_bytes.is_some() {
         let _ = write!(

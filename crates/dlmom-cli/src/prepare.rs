@@ -243,7 +243,7 @@ pub(crate) fn prepare(
         fast: args.fast,
         attention: args.attention.clone(),
     };
-    let mut backend = mock::load(args, &spec, host)?;
+    let mut backend = mock::load(args, &spec, host, err)?;
     check_vocabularies(backend.info())?;
     let vocab = backend.info().model_of(AgentId(0)).map_or(0, |m| m.vocab);
     for experiment in plan.runs() {

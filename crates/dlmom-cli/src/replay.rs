@@ -265,7 +265,7 @@ fn share(part: u64, whole: u64) -> Option<f64> {
 }
 
 /// What replaying one cell found.
-struct Replayed {
+struct Found {
     id: String,
     samples: u64,
     steps: u64,
@@ -410,11 +410,11 @@ fn read(path: &Path) -> Result<Vec<Recorded>, CliError> {
     Ok(samples.into_values().collect())
 }
 
-fn cell(args: &ReplayArgs, id: &str) -> Result<Replayed, CliError> {
+fn cell(args: &ReplayArgs, id: &str) -> Result<Found, CliError> {
     let experiment = read_config(&args.run, id)?
         .ok_or_else(|| CliError::Usage(format!("{}: no configs/{id}.yaml", args.run.display())))?;
     let spec = args.knobs(&experiment)?;
-    let mut found = Replayed {
+    let mut found = Found {
         id: id.to_owned(),
         samples: 0,
         steps: 0,
@@ -438,7 +438,7 @@ fn one(
     sample: &Recorded,
     experiment: &Experiment,
     spec: &ControllerSpec,
-    found: &mut Replayed,
+    found: &mut Found,
 ) -> Result<(), CliError> {
     let mut controller = GateController::new(spec)
         .map_err(|e| CliError::Usage(format!("{}: {e}", experiment.id)))?;
@@ -466,7 +466,7 @@ fn one(
     Ok(())
 }
 
-fn report(cells: &[Replayed], out: &mut dyn Write) -> Result<(), CliError> {
+fn report(cells: &[Found], out: &mut dyn Write) -> Result<(), CliError> {
     let mut rows = table(&[
         "cell",
         "samples",

@@ -14,6 +14,13 @@ pub struct SchemaArgs {
     pub name: Option<String>,
 }
 
+/// Files under `configs/schema/` that are named after the command that writes or reads what they describe.
+const SHORT: [(&str, &str); 3] = [
+    ("raw-row", "row"),
+    ("trace-line", "trace"),
+    ("answer", "generate"),
+];
+
 /// The schemas by their short names.
 fn schemas() -> Result<Vec<(&'static str, String)>, CliError> {
     let all = dlmom_runs::schema::schemas().map_err(|e| CliError::Failed(e.to_string()))?;
@@ -21,7 +28,8 @@ fn schemas() -> Result<Vec<(&'static str, String)>, CliError> {
         .into_iter()
         .map(|(file, text)| {
             let name = file.strip_suffix(".schema.json").unwrap_or(file);
-            (name.strip_prefix("raw-").unwrap_or(name), text)
+            let short = SHORT.iter().find(|(long, _)| *long == name);
+            (short.map_or(name, |(_, short)| short), text)
         })
         .collect())
 }

@@ -1,7 +1,8 @@
 //! `validate`: whether files hold what they should, every problem found and named.
 
 use std::collections::HashMap;
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
@@ -15,6 +16,7 @@ use dlmom_runs::{
 };
 use dlmom_runtime::{JobKey, Stop};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::list::Agents;
@@ -223,10 +225,11 @@ fn each_line(
     }
 }
 
-/// The parser's words without the line, which is always 1 within a line.
+/// The parser's words without the line, which is always 1 within a line. What is missing is in no column.
 fn words(error: &serde_json::Error) -> String {
     let text = error.to_string();
     match text.rfind(" at line ") {
+        Some(at) if text.starts_with("missing field") => text[..at].to_owned(),
         Some(at) => format!("column {}: {}", error.column(), &text[..at]),
         None => text,
     }
@@ -274,7 +277,6 @@ fn raw(
 ) -> HashMap<JobKey, Facts> {
     let mut seen: HashMap<JobKey, Facts> = HashMap::new();
     let mut first: Option<(String, String)> = None;
-    let before = found.problems.len();
     each_line(path, found, |found, line, bytes| {
         let row: RawRow = match serde_json::from_slice(bytes) {
             Ok(row) => row,
@@ -285,13 +287,12 @@ fn raw(
         for problem in within(&row) {
             found.line(path, line, &problem);
         }
-        let (id, hash) = match cell {
-            Some((cell, _)) => (&cell.id, &cell.config_hash),
-            None => {
-                let (id, hash) =
-                    first.get_or_insert_with(|| (row.experiment.clone(), row.config_hash.clone()));
-                (&*id, &*hash)
-            }
+        let (id, hash) = if let Some((cell, _)) = cell {
+            (&cell.id, &cell.config_hash)
+        } else {
+            let (id, hash) =
+                first.get_or_insert_with(|| (row.experiment.clone(), row.config_hash.clone()));
+            (&*id, &*hash)
         };
         let facts = [
             expected("experiment", &row.experiment, id),
@@ -321,9 +322,6 @@ fn raw(
         }
         seen.insert(key, facts);
     });
-    if found.problems.len() == before {
-        found.ok(path, &format!("{} rows", seen.len()));
-    }
     seen
 }
 
@@ -414,10 +412,13 @@ impl Record {
     }
 }
 
-/// Reads traces; those of a run are checked against its rows.
-fn traces(path: &Path, run: Option<(&str, &HashMap<JobKey, Facts>, bool)>, found: &mut Findings) {
+/// Reads traces, those of a run checked against its rows; how many samples they are of.
+fn traces(
+    path: &Path,
+    run: Option<(&str, &HashMap<JobKey, Facts>, bool)>,
+    found: &mut Findings,
+) -> usize {
     let mut last: HashMap<JobKey, (usize, Vec<String>)> = HashMap::new();
-    let before = found.problems.len();
     each_line(path, found, |found, line, bytes| {
         let record: Record = match serde_json::from_slice(bytes) {
             Ok(record) => record,
@@ -449,30 +450,30 @@ fn traces(path: &Path, run: Option<(&str, &HashMap<JobKey, Facts>, bool)>, found
             found.line(path, line, &problem);
         }
     }
-    if found.problems.len() == before {
-        found.ok(path, &format!("{count} traces"));
-    }
+    count
 }
 
 fn rows(path: &Path, found: &mut Findings) {
     #[derive(Deserialize)]
     struct Looks {
-        observed: Option<serde::de::IgnoredAny>,
+        observed: Option<IgnoredAny>,
     }
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
+    let mut first = Vec::new();
+    let read = File::open(path).and_then(|file| BufReader::new(file).read_until(b'\n', &mut first));
+    match read {
+        Ok(0) => return found.at(path, "holds no rows"),
+        Ok(_) => {}
         Err(error) => return found.at(path, &format!("cannot read: {error}")),
-    };
-    if bytes.is_empty() {
-        return found.at(path, "holds no rows");
     }
-    let first = bytes.split(|b| *b == b'\n').next().unwrap_or_default();
-    let is_trace = serde_json::from_slice::<Looks>(first).is_ok_and(|l| l.observed.is_some());
-    drop(bytes);
-    if is_trace {
-        traces(path, None, found);
+    let before = found.problems.len();
+    let is_trace = serde_json::from_slice::<Looks>(&first).is_ok_and(|l| l.observed.is_some());
+    let (count, what) = if is_trace {
+        (traces(path, None, found), "traces")
     } else {
-        raw(path, None, found);
+        (raw(path, None, found).len(), "rows")
+    };
+    if found.problems.len() == before {
+        found.ok(path, &format!("{count} {what}"));
     }
 }
 
@@ -504,12 +505,14 @@ fn run(root: &Path, found: &mut Findings) {
     );
     found.ok(&path, &text);
     let mut cells: HashMap<&str, CellRows> = HashMap::new();
+    let mut tally = Tally::default();
     for planned in &manifest.cells {
         let id = planned.id.as_str();
         if planned.kind == CellKind::Skip {
             continue;
         }
         let experiment = config(root, &manifest, planned, found);
+        tally.configs += 1;
         if planned.kind == CellKind::Alias {
             continue;
         }
@@ -529,9 +532,10 @@ fn run(root: &Path, found: &mut Findings) {
             }
             HashMap::new()
         };
+        tally.rows += keys.len();
         let file = root.join("traces").join(format!("{id}.jsonl"));
         if file.exists() {
-            traces(&file, Some((id, &keys, finished)), found);
+            tally.traces += traces(&file, Some((id, &keys, finished)), found);
         }
     }
     for planned in &manifest.cells {
@@ -539,11 +543,50 @@ fn run(root: &Path, found: &mut Findings) {
         if planned.kind != CellKind::Skip
             && let Some(rows) = cells.get(of)
         {
-            let reference = cells.get(REF).filter(|_| of != REF);
+            // Without the reference's rows nothing can be compared with it.
+            let reference = cells.get(REF);
+            if reference.is_none() {
+                continue;
+            }
+            let reference = reference.filter(|_| of != REF);
             summary(root, &manifest, planned, (rows, reference), finished, found);
+            tally.summaries += 1;
         }
     }
     strays(root, &manifest, found);
+    for (folder, count, text) in [
+        (
+            "configs",
+            tally.configs,
+            "experiments with the recorded digests",
+        ),
+        (
+            "raw",
+            tally.rows,
+            "rows, each once and of its cell's digest",
+        ),
+        (
+            "traces",
+            tally.traces,
+            "samples whose traces agree with their rows",
+        ),
+        ("summary", tally.summaries, "that follow from the rows"),
+    ] {
+        let folder = root.join(folder);
+        let inside = format!("{}{}", folder.display(), std::path::MAIN_SEPARATOR);
+        if count > 0 && !found.problems.iter().any(|p| p.starts_with(&inside)) {
+            found.ok(&folder, &format!("{count} {text}"));
+        }
+    }
+}
+
+/// What a run folder holds.
+#[derive(Default)]
+struct Tally {
+    configs: usize,
+    rows: usize,
+    traces: usize,
+    summaries: usize,
 }
 
 /// `configs/<ID>.yaml`: readable, of that name, and what the digest was made from.
@@ -569,7 +612,7 @@ fn config(
         found.at(&path, &problem);
     }
     match experiment.config_hash(&manifest.context) {
-        Ok(hash) if hash == planned.config_hash => found.ok(&path, "has the recorded digest"),
+        Ok(hash) if hash == planned.config_hash => {}
         Ok(hash) => {
             let text = format!("its digest is {hash}, run.json has {}", planned.config_hash);
             found.at(&path, &text);
@@ -619,15 +662,17 @@ fn summary(
         Ok(again) => {
             let differences = diff("", &recorded, &again);
             match differences.as_slice() {
-                [] => found.ok(&path, "follows from the rows"),
+                [] => {}
                 [first, rest @ ..] => {
                     let more = match rest.len() {
                         0 => String::new(),
                         n => format!(", and {n} more fields"),
                     };
                     let name = &first.path;
-                    let show = |v: &Option<Value>| {
-                        v.as_ref().map_or_else(|| "absent".into(), Value::to_string)
+                    let show = |v: &Option<Value>| match v.as_ref().map(Value::to_string) {
+                        None => "absent".to_owned(),
+                        Some(text) if text.len() <= 40 => text,
+                        Some(_) => "another value".to_owned(),
                     };
                     let (is, should) = (show(&first.recorded), show(&first.current));
                     found.at(

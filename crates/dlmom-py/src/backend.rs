@@ -567,8 +567,13 @@ impl Backend for PyBackend {
 
     fn compress(&mut self, lanes: &[LaneId]) -> Result<(), BackendError> {
         let lanes: Vec<(u32, u32)> = lanes.iter().map(|&lane| lane_tuple(lane)).collect();
-        self.call("KV compressor", |_, engine| {
-            engine.call_method1("compress", (lanes,)).map(|_| ())
+        // Whatever the user's compressor raises comes through as itself, a ValueError too.
+        Python::attach(|py| {
+            self.engine
+                .bind(py)
+                .call_method1("compress", (lanes,))
+                .map(|_| ())
+                .map_err(|error| backend_error(py, error, "KV compressor"))
         })
     }
 

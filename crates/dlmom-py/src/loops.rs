@@ -177,6 +177,7 @@ impl PySession {
     /// Prepares `jobs` (a JSON list of `{key, prompts, trace}`) with a loop configuration (JSON).
     ///
     /// Raises `ConfigError` for a value out of range.
+    #[expect(clippy::too_many_arguments, reason = "keywords of a Python call")]
     #[new]
     #[pyo3(signature = (engine, config, jobs, *, max_failures=1, rows=None, controller=None, consensus=None, compress_every=None, cancel=None))]
     fn new(

@@ -129,6 +129,15 @@ impl PyPacket {
             .map_err(|e| PacketError::new_err(e.to_string()))
     }
 
+    /// Copies and pickles are the packet's exact bytes.
+    fn __reduce__<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
+        let read = py.get_type::<Self>().getattr("from_bytes")?;
+        Ok((read, (self.to_bytes(py, "f32", 0, 0)?,)))
+    }
+
     fn __len__(&self) -> usize {
         self.packet.k()
     }
@@ -228,20 +237,30 @@ impl PyTranscript {
             .map_err(|e| PacketError::new_err(e.to_string()))
     }
 
+    /// Copies and pickles are the transcript's exact bytes.
+    fn __reduce__<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
+        let read = py.get_type::<Self>().getattr("from_bytes")?;
+        Ok((read, (self.to_bytes(py, "f32")?,)))
+    }
+
     fn __len__(&self) -> usize {
         self.transcript.len()
     }
 
     fn __getitem__(&self, index: isize) -> PyResult<(u32, PyPacket)> {
-        let len = self.transcript.len() as isize;
-        let at = if index < 0 { index + len } else { index };
-        usize::try_from(at)
-            .ok()
-            .and_then(|at| {
-                let packet = self.transcript.packets().get(at)?;
-                Some((self.transcript.steps()[at], PyPacket::new(packet.clone())))
-            })
-            .ok_or_else(|| PyIndexError::new_err("transcript index out of range"))
+        let at = if index < 0 {
+            self.transcript.len().checked_sub(index.unsigned_abs())
+        } else {
+            usize::try_from(index).ok()
+        };
+        at.and_then(|at| {
+            let packet = self.transcript.packets().get(at)?;
+            Some((self.transcript.steps()[at], PyPacket::new(packet.clone())))
+        })
+        .ok_or_else(|| PyIndexError::new_err("transcript index out of range"))
     }
 
     fn __repr__(&self) -> String {
@@ -419,7 +438,7 @@ pub fn consensus_core<'py>(
     spec.validate()
         .map_err(|e| ConfigError::new_err(format!("consensus: {e}")))?;
     let values = floats(logits);
-    if vocab == 0 || values.is_empty() || values.len() % vocab != 0 {
+    if vocab == 0 || values.is_empty() || !values.len().is_multiple_of(vocab) {
         return Err(PyTypeError::new_err(format!(
             "{} values are no rows of {vocab}",
             values.len()

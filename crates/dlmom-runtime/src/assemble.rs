@@ -7,7 +7,7 @@ use crate::backend::{BackendError, EnsembleInfo, Payload, ReadRow, Readout, Row,
 use crate::ids::{AgentId, SlotId};
 use crate::link::{Link, LinkError, Uplink, Wire, expand};
 
-/// Reusable buffers of [`assemble`].
+/// Reads rows out of host logits, with its buffers reused from call to call.
 #[derive(Default)]
 pub struct Assembler {
     scratch: Scratch,

@@ -2,9 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "test helpers")]
 
-use dlmom_core::Consensus;
+use dlmom_core::{
+    AlphaUnit, Consensus, ConsensusSpec, Controller, ControllerFailure, ControllerSpec, Decision,
+    Force, Gate, GateController, Mode, Reason, Start,
+};
 use dlmom_packet::BeliefPacket;
-use dlmom_runtime::conformance::{Preset, Rule, Settings, check};
+use dlmom_runtime::conformance::{
+    Preset, Rule, Settings, check, check_consensus, check_controller,
+};
 use dlmom_runtime::{
     AgentId, Backend, BackendError, EnsembleInfo, Feed, LaneId, LaneSpec, MemoryStats, MockBackend,
     ModelId, PromptSource, Readout, Row, SlotId,
@@ -406,8 +411,6 @@ impl Consensus for NotANumber {
 
 #[test]
 fn operators_are_pure_and_finite() {
-    use dlmom_core::ConsensusSpec;
-    use dlmom_runtime::conformance::check_consensus;
     check_consensus(&ConsensusSpec::paper()).unwrap();
     check_consensus(&ConsensusSpec::Mean).unwrap();
     let rule = |consensus: &dyn Consensus| check_consensus(consensus).unwrap_err().rule;
@@ -415,13 +418,38 @@ fn operators_are_pure_and_finite() {
     assert_eq!(rule(&NotANumber), Rule::ConsensusIsFinite);
 }
 
+/// Wrong in one of several ways.
+struct Wrong(u32, u32);
+impl Controller for Wrong {
+    fn observe(&mut self, _: f64, _: Option<Force>) -> Result<Decision, ControllerFailure> {
+        self.1 += 1;
+        match self.0 {
+            0 => Err("no idea".into()),
+            1 => Ok(Decision {
+                mode: Mode::Latent,
+                switched: true,
+                reason: Reason::Always,
+            }),
+            _ => Ok(Decision {
+                mode: Mode::Latent,
+                switched: false,
+                reason: Reason::Always,
+            }),
+        }
+    }
+    fn switches(&self) -> u32 {
+        0
+    }
+    fn latent_steps(&self) -> u32 {
+        self.1
+    }
+    fn mode(&self) -> Option<Mode> {
+        Some(Mode::Latent)
+    }
+}
+
 #[test]
 fn controllers_replay_and_count() {
-    use dlmom_core::{
-        AlphaUnit, Controller, ControllerFailure, ControllerSpec, Decision, Force, Gate,
-        GateController, Mode, Reason, Start,
-    };
-    use dlmom_runtime::conformance::check_controller;
     let spec = |gate| ControllerSpec {
         gate,
         w: Some(4),
@@ -443,35 +471,6 @@ fn controllers_replay_and_count() {
         Gate::AlwaysExplicit,
     ] {
         check_controller(&mut || Ok(Box::new(GateController::new(&spec(gate))?))).unwrap();
-    }
-    /// Wrong in one of several ways.
-    struct Wrong(u32, u32);
-    impl Controller for Wrong {
-        fn observe(&mut self, _: f64, _: Option<Force>) -> Result<Decision, ControllerFailure> {
-            self.1 += 1;
-            match self.0 {
-                0 => Err("no idea".into()),
-                1 => Ok(Decision {
-                    mode: Mode::Latent,
-                    switched: true,
-                    reason: Reason::Always,
-                }),
-                _ => Ok(Decision {
-                    mode: Mode::Latent,
-                    switched: false,
-                    reason: Reason::Always,
-                }),
-            }
-        }
-        fn switches(&self) -> u32 {
-            0
-        }
-        fn latent_steps(&self) -> u32 {
-            self.1
-        }
-        fn mode(&self) -> Option<Mode> {
-            Some(Mode::Latent)
-        }
     }
     let rule = |kind| {
         check_controller(&mut || Ok(Box::new(Wrong(kind, 0))))

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 #: One span: (slot, ids, probs, n, k, payload); a payload (kind, values) stands in for the packets.
 RawSpan = tuple[int, bytearray, bytearray, int, int, "tuple[str, bytearray] | None"]
-#: One step: (slots, ids, probs, k, payloads); each payload (kind, rows, values) replaces these rows.
+#: One step: (slots, ids, probs, k, payloads); a payload (kind, rows, values) replaces its rows.
 RawStep = tuple[list[int], bytearray, bytearray, int, "list[tuple[str, list[int], bytearray]]"]
 #: One agent's call: (agent, spans, step or None).
 RawCall = tuple[int, list[RawSpan], RawStep | None]

@@ -1,32 +1,10 @@
 //! The command line without Python: help, what needs Python, exit statuses, aggregation of raw files.
 
-#![expect(clippy::unwrap_used, reason = "test helpers")]
-
-use std::fmt::Write;
 use std::path::Path;
 
 use dlmom_cli::ExitStatus;
-use dlmom_cli::host::NoPython;
 
-struct Done {
-    status: ExitStatus,
-    out: String,
-    err: String,
-}
-
-fn call(arguments: &[&str]) -> Done {
-    let argv: Vec<String> = std::iter::once("dlmom-rs")
-        .chain(arguments.iter().copied())
-        .map(String::from)
-        .collect();
-    let (mut out, mut err) = (Vec::new(), Vec::new());
-    let status = dlmom_cli::run(&argv, &mut NoPython, &mut out, &mut err);
-    Done {
-        status,
-        out: String::from_utf8(out).unwrap(),
-        err: String::from_utf8(err).unwrap(),
-    }
-}
+use super::{call, questions, text};
 
 #[test]
 fn help_of_every_command() {
@@ -34,6 +12,12 @@ fn help_of_every_command() {
         &["--help"][..],
         &["run", "--help"],
         &["aggregate", "--help"],
+        &["replay", "--help"],
+        &["validate", "--help"],
+        &["list", "--help"],
+        &["doctor", "--help"],
+        &["schema", "--help"],
+        &["completions", "--help"],
     ] {
         let done = call(arguments);
         assert_eq!(done.status, ExitStatus::Success);
@@ -45,20 +29,15 @@ fn help_of_every_command() {
 fn what_needs_python_says_so_in_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
-    let rows = folder.path().join("rows.jsonl");
-    std::fs::write(
-        &rows,
-        "{\"question\": \"1 + 1?\", \"answer\": \"#### 2\"}\n",
-    )
-    .unwrap();
+    let rows = questions(folder.path(), 1);
     let bench = format!("gsm8k:{}", rows.display());
-    let out = out.to_str().unwrap();
+    let out = text(&out);
     let done = call(&[
         "run", "--suite", "A1", "--model", "m", "--bench", &bench, "--out", out,
     ]);
     assert_eq!(done.status, ExitStatus::Usage);
-    insta::assert_snapshot!(done.err, @"error: run needs Python: use the dlmom-rs command of the Python package");
-    let done = call(&["plot", folder.path().to_str().unwrap()]);
+    insta::assert_snapshot!(done.err, @"error: run needs Python: use the dlmom-rs command of the Python package, or --backend mock");
+    let done = call(&["plot", text(folder.path())]);
     assert_eq!(done.status, ExitStatus::Usage);
     insta::assert_snapshot!(done.err, @"error: plot needs Python: use the dlmom-rs command of the Python package");
     let shipped = call(&[
@@ -71,17 +50,7 @@ fn what_needs_python_says_so_in_one_line() {
 #[test]
 fn a_dry_run_needs_no_model() {
     let folder = tempfile::tempdir().unwrap();
-    let rows = folder.path().join("rows.jsonl");
-    let mut lines = String::new();
-    for i in 0..40 {
-        writeln!(
-            lines,
-            "{{\"question\": \"{i} + 1?\", \"answer\": \"#### {}\"}}",
-            i + 1
-        )
-        .unwrap();
-    }
-    std::fs::write(&rows, lines).unwrap();
+    let rows = questions(folder.path(), 40);
     let bench = format!("gsm8k:{}", rows.display());
     let done = call(&[
         "run",
