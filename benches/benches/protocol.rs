@@ -9,13 +9,13 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dlmom_benches::{Lcg, cheap_backend, logits, packet};
 use dlmom_core::{
-    AlphaUnit, ConsensusSpec, ControllerSpec, Gate, GateController, NoiseSpec, Request,
-    RowReadout, SamplingSpec, Scratch, Start, Stream, noise, read_row, top_k,
+    AlphaUnit, ConsensusSpec, ControllerSpec, Gate, GateController, NoiseSpec, Request, RowReadout,
+    SamplingSpec, Scratch, Start, Stream, noise, read_row, top_k,
 };
 use dlmom_packet::{Encoding, Meta, decode_exact, encode_into, encoded_len};
 use dlmom_runtime::{
-    EnsembleInfo, Job, JobKey, LinkSpec, LoopConfig, MemoryStats, Outcome, PromptSource, RunOptions, Sink,
-    run,
+    EnsembleInfo, Job, JobKey, LinkSpec, LoopConfig, MemoryStats, Outcome, PromptSource,
+    RunOptions, Sink, run,
 };
 
 const VOCAB: u32 = 151_665;

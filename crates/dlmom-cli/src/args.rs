@@ -144,7 +144,7 @@ pub struct RunArgs {
     /// A single model: local path, hub id or zoo:NAME.
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
-    /// Benchmark: tinygsm, or gsm8k:PATH for a JSONL file in GSM8K's schema.
+    /// Benchmark: tinygsm, tinycode or tinymc, or gsm8k:PATH, humaneval:PATH or arc:PATH for a JSONL file.
     #[arg(long, value_name = "BENCH")]
     pub bench: String,
     /// Run folder.
