@@ -320,7 +320,7 @@ def test_the_papers_literal_threshold_is_all_explicit_and_says_why(
     assert "inert" in done.out
 
 
-def test_one_model_is_a_single_agent_without_links(dlmom: Call, tmp_path: Path) -> None:
+def test_the_link_of_a_single_agent_is_a_loopback(dlmom: Call, tmp_path: Path) -> None:
     out = tmp_path / "single"
     done = dlmom(
         "run", "--suite", "A1", "--only", "REF", "--bench", "tinygsm", "--model", "zoo:tiny-math",
@@ -329,7 +329,13 @@ def test_one_model_is_a_single_agent_without_links(dlmom: Call, tmp_path: Path) 
     )  # fmt: skip
     assert done.status == 0, done.err
     for row in rows_of(out, "REF").values():
-        assert (row["uplink_bytes"], row["downlink_bytes"]) == (0, 0)
+        # 491 logits of 4 bytes go up in every step; a mixture of 128 values of 4 bytes, or a token's
+        # packet of one entry, comes down.
+        assert row["uplink_bytes"] == sum(row["entropy_hist"]) * 491 * 4
+        embedding, token = 28 + 128 * 4, 36 + 8
+        assert row["downlink_bytes"] == (
+            row["latent_steps"] * embedding + row["explicit_tokens"] * token
+        )
         assert len(row["forward_tokens_per_agent"]) == 1
 
 
