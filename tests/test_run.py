@@ -329,8 +329,8 @@ def test_the_link_of_a_single_agent_is_a_loopback(dlmom: Call, tmp_path: Path) -
     )  # fmt: skip
     assert done.status == 0, done.err
     for row in rows_of(out, "REF").values():
-        # 491 logits of 4 bytes go up in every step; a mixture of 128 values of 4 bytes, or a token's
-        # packet of one entry, comes down.
+        # 491 logits of 4 bytes go up in every step; a mixture of 128 values of 4 bytes, or the
+        # one-entry packet of a token, comes down.
         assert row["uplink_bytes"] == sum(row["entropy_hist"]) * 491 * 4
         embedding, token = 28 + 128 * 4, 36 + 8
         assert row["downlink_bytes"] == (

@@ -1,4 +1,4 @@
-"""The shipped tiny experts: two small causal language models trained on generated problems.
+"""The shipped tiny experts: four small causal language models trained on generated problems.
 
 They exist so that demonstrations and tests run real ensembles on any machine, without a download.
 """
@@ -6,12 +6,13 @@ They exist so that demonstrations and tests run real ensembles on any machine, w
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 
-__all__ = ["names", "path"]
+__all__ = ["describe", "names", "path"]
 
 _MODELS = Path(__file__).resolve().parent / "models"
-_NAMES = ("tiny-general", "tiny-math")
+_NAMES = ("tiny-code", "tiny-general", "tiny-llama", "tiny-math")
 
 
 def names() -> list[str]:
@@ -29,3 +30,20 @@ def path(name: str) -> Path:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no expert named {name!r} in the zoo ({', '.join(_NAMES)}){hint}")
     return _MODELS / name
+
+
+def describe() -> list[tuple[str, str]]:
+    """Every shipped expert with a line on its architecture; ``not there`` without its folder."""
+    lines = []
+    for name in _NAMES:
+        try:
+            config = json.loads((_MODELS / name / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            lines.append((name, "not there"))
+            continue
+        kind = config["architectures"][0].removesuffix("ForCausalLM")
+        layers, width = config["num_hidden_layers"], config["hidden_size"]
+        lines.append(
+            (name, f"{kind}, {layers} layers of width {width}, vocabulary {config['vocab_size']}")
+        )
+    return lines

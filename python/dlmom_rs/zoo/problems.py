@@ -1,11 +1,14 @@
 """Seeded generator of the problems that the shipped experts learn and are measured on.
 
-Four kinds: ``math`` (GSM8K style), ``code`` (HumanEval style one-liners), ``choice`` (A to D) and
-``lookup`` (read an answer off a small table). Every item carries a ``key``, the canonical form of
-what has to be computed: for ``math`` its chain of equations, whatever the names and the wording.
+Six kinds: ``math`` (GSM8K style), ``code`` (HumanEval style one-liners), ``choice`` (A to D),
+``lookup`` (read an answer off a small table), and two in ARC's style, with four options: ``mc``
+(recall a fact and find it among the options) and ``traits`` (which option has a property). Every
+item carries a ``key``, the canonical form of what has to be computed: for ``math`` its chain of
+equations, whatever the names and the wording; for ``traits`` the property and the set of options.
 The split is a hash of that key, so a test item never shares its key with a training item.
 
-``python -m dlmom_rs.zoo.problems --write`` produces the shipped ``data/tinygsm.jsonl``.
+``python -m dlmom_rs.zoo.problems --write`` produces the shipped ``data/tinygsm.jsonl``,
+``data/tinycode.jsonl`` and ``data/tinymc.jsonl``.
 """
 
 from __future__ import annotations
@@ -14,20 +17,27 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-Kind = Literal["math", "code", "choice", "lookup"]
+Kind = Literal["math", "code", "choice", "lookup", "mc", "traits"]
 Split = Literal["train", "test"]
 
-KINDS: tuple[Kind, ...] = ("math", "code", "choice", "lookup")
+KINDS: tuple[Kind, ...] = ("math", "code", "choice", "lookup", "mc", "traits")
 MAX_STEPS = 6
 TEST_SHARE = 8
 TINYGSM_ROWS = 500
 TINYGSM_SEED = 20_250
-TINYGSM_PATH = Path(__file__).resolve().parent.parent / "data" / "tinygsm.jsonl"
+TINYCODE_ROWS = 200
+TINYCODE_SEED = 20_251
+TINYMC_ROWS = 300
+TINYMC_SEED = 20_252
+DATA = Path(__file__).resolve().parent.parent / "data"
+TINYGSM_PATH = DATA / "tinygsm.jsonl"
+TINYCODE_PATH = DATA / "tinycode.jsonl"
+TINYMC_PATH = DATA / "tinymc.jsonl"
 
 _MASK = (1 << 64) - 1
 _T = TypeVar("_T")
@@ -1065,11 +1075,374 @@ def _lookup(d: Draws) -> Item:
     return Item("lookup", f"{table}\n{question}", f"{why}\n#### {gold}", gold, key, 0)
 
 
+_SORTS: dict[str, tuple[str, ...]] = {
+    **_GROUPS,
+    "vegetable": ("carrot", "potato", "onion", "bean", "pea", "leek", "turnip", "cabbage"),
+    "garment": ("shirt", "coat", "hat", "sock", "shoe", "scarf", "glove", "skirt"),
+    "vehicle": ("car", "bus", "train", "truck", "boat", "bike", "plane", "tram"),
+    "instrument": ("piano", "violin", "flute", "drum", "guitar", "harp", "trumpet", "cello"),
+    "job": ("baker", "doctor", "teacher", "farmer", "pilot", "tailor", "nurse", "judge"),
+}
+_USES: dict[str, tuple[str, ...]] = {
+    "eat": (*_SORTS["fruit"], *_SORTS["vegetable"]),
+    "wear": _SORTS["garment"],
+    "ride": _SORTS["vehicle"],
+    "play": _SORTS["instrument"],
+}
+_MOVES_OF: dict[str, tuple[str, ...]] = {
+    "fly": ("eagle", "bee", "owl", "crow", "hawk", "bat", "moth", "wasp"),
+    "swim": ("fish", "shark", "whale", "trout", "squid", "seal", "cod", "eel"),
+    "run": ("dog", "cat", "horse", "lion", "wolf", "mouse", "deer", "goat"),
+}
+_MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """A family of ``mc`` questions: ``ask`` for the second of a pair, given the first.
+
+    ``say`` states the fact and ends with the second.
+    """
+
+    ask: tuple[str, ...]
+    say: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+_FACTS = (
+    _Facts(
+        ("What is the opposite of {a}?", "Which word means the opposite of {a}?"),
+        "The opposite of {a} is {b}",
+        tuple(pair for a, b in (
+            *_OPPOSITES, ("long", "short"), ("hard", "soft"), ("heavy", "light"), ("good", "bad"),
+            ("early", "late"), ("clean", "dirty"), ("loud", "quiet"), ("strong", "weak"),
+        ) for pair in ((a, b), (b, a))),
+    ),
+    _Facts(
+        ("What is the plural of {a}?", "What do you call more than one {a}?"),
+        "The plural of {a} is {b}",
+        (("mouse", "mice"), ("foot", "feet"), ("tooth", "teeth"), ("goose", "geese"),
+         ("man", "men"), ("child", "children"), ("ox", "oxen"), ("leaf", "leaves"),
+         ("knife", "knives"), ("wolf", "wolves"), ("city", "cities"), ("box", "boxes"),
+         ("baby", "babies"), ("loaf", "loaves")),
+    ),
+    _Facts(
+        ("What sound does a {a} make?", "What does a {a} do?"),
+        "A {a} can {b}",
+        (("dog", "bark"), ("cat", "meow"), ("cow", "moo"), ("duck", "quack"), ("lion", "roar"),
+         ("sheep", "bleat"), ("pig", "grunt"), ("bee", "buzz"), ("snake", "hiss"),
+         ("horse", "neigh"), ("wolf", "howl"), ("frog", "croak")),
+    ),
+    _Facts(
+        ("What is a young {a} called?", "What grows up to be a {a}?"),
+        "A young {a} is a {b}",
+        (("dog", "puppy"), ("cat", "kitten"), ("cow", "calf"), ("sheep", "lamb"),
+         ("horse", "foal"), ("bear", "cub"), ("frog", "tadpole"), ("goat", "kid"),
+         ("duck", "duckling"), ("deer", "fawn"), ("swan", "cygnet"), ("pig", "piglet")),
+    ),
+    _Facts(
+        ("What is the past of {a}?", "Today I {a}. What is the word for yesterday?"),
+        "The past of {a} is {b}",
+        (("go", "went"), ("see", "saw"), ("eat", "ate"), ("run", "ran"), ("take", "took"),
+         ("give", "gave"), ("come", "came"), ("write", "wrote"), ("sing", "sang"),
+         ("swim", "swam"), ("buy", "bought"), ("think", "thought"), ("fly", "flew"),
+         ("sleep", "slept")),
+    ),
+    _Facts(
+        ("What is the capital of {a}?", "Which city is the capital of {a}?"),
+        "The capital of {a} is {b}",
+        (("Italy", "Rome"), ("France", "Paris"), ("Norway", "Oslo"), ("Peru", "Lima"),
+         ("Egypt", "Cairo"), ("India", "Delhi"), ("Japan", "Tokyo"), ("Spain", "Madrid"),
+         ("Greece", "Athens"), ("Cuba", "Havana"), ("Austria", "Vienna"), ("Kenya", "Nairobi"),
+         ("Chile", "Santiago"), ("Poland", "Warsaw")),
+    ),
+    _Facts(
+        ("Where does a {a} live?", "What is the home of a {a}?"),
+        "A {a} lives in a {b}",
+        (("bee", "hive"), ("bird", "nest"), ("dog", "kennel"), ("spider", "web"),
+         ("fox", "den"), ("horse", "stable"), ("pig", "sty"), ("fish", "pond"),
+         ("rabbit", "burrow"), ("camel", "desert")),
+    ),
+    _Facts(
+        ("Who works with {a}?", "Whose work needs {a}?"),
+        "Work with {a} is for a {b}",
+        (("bread", "baker"), ("cloth", "tailor"), ("planes", "pilot"), ("fields", "farmer"),
+         ("pupils", "teacher"), ("meat", "butcher"), ("wood", "carpenter"), ("paint", "artist"),
+         ("laws", "judge"), ("stones", "mason"), ("hair", "barber"), ("ships", "sailor")),
+    ),
+    _Facts(
+        ("Which day comes right after {a}?", "If today is {a}, which day is tomorrow?"),
+        "Right after {a} comes {b}",
+        tuple((day, _DAYS[(i + 1) % 7]) for i, day in enumerate(_DAYS)),
+    ),
+    _Facts(
+        ("Which day comes right before {a}?", "If today is {a}, which day was yesterday?"),
+        "Right before {a} comes {b}",
+        tuple((day, _DAYS[i - 1]) for i, day in enumerate(_DAYS)),
+    ),
+    _Facts(
+        ("Which month comes right after {a}?", "If it is {a} now, which month is next?"),
+        "Right after {a} comes {b}",
+        tuple((month, _MONTHS[(i + 1) % 12]) for i, month in enumerate(_MONTHS)),
+    ),
+    _Facts(
+        ("Which month comes right before {a}?", "If it is {a} now, which month was the last?"),
+        "Right before {a} comes {b}",
+        tuple((month, _MONTHS[i - 1]) for i, month in enumerate(_MONTHS)),
+    ),
+)  # fmt: skip
+
+
+def _labelled(
+    d: Draws, stem: str, right: str, wrong: Sequence[str], *, told: Callable[[str], str], say: str,
+    key: str,
+) -> Item:  # fmt: skip
+    """An ``mc`` item. Its answer tells what each option is, letter last, then what is asked for.
+
+    The line before the last, ``say``, ends as ``told`` does for the right option, so its letter is
+    a plain copy of what followed there. A model of this size can learn that; naming the letter
+    outright (kind ``choice``) or judging options one by one it does not.
+    """
+    options = d.sample([right, *wrong], 4)
+    gold = "ABCD"[options.index(right)]
+    pairs = list(zip("ABCD", options, strict=True))
+    lines = [f"{told(option)} {letter}" for letter, option in pairs]
+    shown = "\n".join(f"{letter}. {option}" for letter, option in pairs)
+    key = f"{key}: {right} / {', '.join(sorted(wrong))}"
+    answer = "\n".join([*lines, f"{say} {gold}", f"#### {gold}"])
+    return Item("mc", f"{stem}\n{shown}", answer, gold, key, 0)
+
+
+def _article(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def _holder(groups: dict[str, tuple[str, ...]], word: str) -> str:
+    return next(name for name, words in groups.items() if word in words)
+
+
+def _mc_words(d: Draws, which: int) -> Item:
+    """Which word is of a sort, has a use, moves in a way, or starts with a letter."""
+    if which == 3:
+        words = d.sample([w for group in _SORTS.values() for w in group], 4)
+        first = words[0][0].lower()
+        _need(all(w[0].lower() != first for w in words[1:]))
+        stem = d.pick((f"Which word starts with {first}?", f"Which word has {first} as its first?"))
+        return _labelled(d, stem, words[0], words[1:], told=lambda w: f"{w}, {w[0].lower()}",
+                         say=first, key=first)  # fmt: skip
+    groups = (_SORTS, _USES, _MOVES_OF)[which]
+    name = d.pick(tuple(groups))
+    right = d.pick(groups[name])
+    wrong = d.sample([w for other, words in groups.items() if other != name for w in words], 3)
+    form = ("{}", "to {}", "can {}")[which]
+    asks = (
+        ("Which one is {}?", "Which word names {}?"),
+        ("Which one can you {}?", "What would you {}?"),
+        ("Which animal is best known to {}?", "Which one likes to {}?"),
+    )[which]
+    shown = {n: _article(n) if which == 0 else n for n in groups}
+    return _labelled(
+        d, d.pick(asks).format(shown[name]), right, wrong, key=name,
+        told=lambda w: f"{w} {form.format(shown[_holder(groups, w)])}",
+        say=form.format(shown[name]),
+    )  # fmt: skip
+
+
+def _mc_numbers(d: Draws, which: int) -> Item:
+    """Which number is even, ends in a digit, lies above a bound, is a sum, or is the largest."""
+    values = [d.between(2, 99) for _ in range(4)]
+    _need(len(set(values)) == 4)
+    right, rest = values[0], values[1:]
+    say = ""
+    told: Callable[[str], str] = str
+    if which == 0:
+        word = ("even", "odd")[right % 2]
+        rest = [v + 1 - (v - right) % 2 for v in rest]
+        _need(len({right, *rest}) == 4)
+        stem, key = d.pick((f"Which number is {word}?", f"Find the {word} number.")), word
+        told, say = lambda t: f"{t} {('even', 'odd')[int(t) % 2]}", word
+    elif which == 1:
+        base = d.pick((5, 10))
+        right = base * d.between(1, 95 // base)
+        rest = [v + int(v % base == 0) for v in rest]
+        _need(len(set(rest)) == 3)
+        stem, key = f"Which number is divisible by {base}?", f"by {base}"
+        told, say = lambda t: f"{t} {'not' if int(t) % base else 'fits'}", "fits"
+    elif which == 2:
+        bound = d.between(10, 90)
+        low = [d.between(2, bound - 1) for _ in rest]
+        high = [d.between(bound + 1, 99) for _ in rest]
+        up = d.chance(1, 2)
+        right, rest = (high[0], low) if up else (low[0], high)
+        _need(len(set(rest)) == 3)
+        word = "greater" if up else "less"
+        stem, key = f"Which number is {word} than {bound}?", f"{word} {bound}"
+        told, say = lambda t: f"{t} {'greater' if int(t) > bound else 'less'}", word
+    elif which == 3:
+        a, b = d.between(2, 60), d.between(2, 39)
+        op = d.pick(("+", "-"))
+        _need(op == "+" or a > b + 4)
+        right = a + b if op == "+" else a - b
+        rest = d.sample([right + j for j in (-10, -3, -2, -1, 1, 2, 3, 10) if right + j > 0], 3)
+        stem, key, say = f"What is {a} {op} {b}?", f"{a} {op} {b}", f"{a} {op} {b} = {right}"
+    else:
+        word = ("largest", "smallest")[which - 4]
+        right = max(values) if word == "largest" else min(values)
+        rest = [v for v in values if v != right]
+        stem, key = d.pick((f"Which number is the {word}?", f"Find the {word} number.")), word
+        say = f"The {word} number is {right}"
+    return _labelled(d, stem, str(right), [str(v) for v in rest], told=told, say=say, key=key)
+
+
+def _mc(d: Draws) -> Item:
+    """A question of knowledge as in ARC: the stem, then a line ``A. text`` for each option."""
+    which = d.weighted((14, 6, 6, 8, 7, 5, 7, 8, 4, 4, 8, 5, 5, 5, 6, 7, 4, 5, 3, 3, 4, 4))
+    if which < 4:
+        return _mc_words(d, which)
+    if which < 10:
+        return _mc_numbers(d, which - 4)
+    facts = _FACTS[which - 10]
+    given, right = d.pick(facts.pairs)
+    pool = [b for _, b in facts.pairs if b not in (given, right)]
+    if facts.say.startswith("The plural"):
+        pool.append(f"{given}s")
+    stem = _fill(d.pick(facts.ask), a=given)
+    say = _fill(facts.say, a=given, b=right)
+    return _labelled(d, stem, right, d.sample(pool, 3), told=str, say=say, key=say)
+
+
+@dataclass(frozen=True)
+class _Trait:
+    """A family of ``traits`` questions: wordings, and for each property the words that have it."""
+
+    ask: tuple[str, ...]
+    words: dict[str, tuple[str, ...]]
+
+
+_PICKED_SORTS = ("fruit", "tool", "animal", "colour", "garment", "vehicle")
+_TRAITS = (
+    _Trait(("Which one is a kind of {}?", "Which word names a {}?"),
+           {sort: _SORTS[sort] for sort in _PICKED_SORTS}),
+    _Trait(("Which one can you {}?", "What would you {}?"), _USES),
+    _Trait(("Which animal is best known to {}?", "Which one likes to {}?"), _MOVES_OF),
+    _Trait(("Which animal has {} legs?", "Which one walks on {} legs?"), {
+        "two": ("bird", "duck", "owl", "hen", "swan", "crow", "hawk", "goose"),
+        "four": ("dog", "cat", "horse", "cow", "lion", "goat", "sheep", "pig"),
+        "six": ("ant", "bee", "moth", "wasp", "beetle", "flea", "gnat", "cricket"),
+    }),
+    _Trait(("Which city is in {}?", "Which of these cities lies in {}?"), {
+        "Europe": ("Rome", "Paris", "Oslo", "Bonn", "Madrid", "Vienna", "Athens", "Warsaw"),
+        "Asia": ("Delhi", "Tokyo", "Seoul", "Hanoi", "Manila", "Kabul", "Amman", "Dhaka"),
+        "Africa": ("Cairo", "Nairobi", "Tunis", "Accra", "Dakar", "Lagos", "Rabat", "Harare"),
+        "America": ("Lima", "Havana", "Santiago", "Quito", "Boston", "Bogota", "Caracas",
+                    "Ottawa"),
+    }),
+    _Trait(("Which month is in {} in the north?", "Which month belongs to {} in the north?"), {
+        "winter": ("December", "January", "February"),
+        "spring": ("March", "April", "May"),
+        "summer": ("June", "July", "August"),
+        "autumn": ("September", "October", "November"),
+    }),
+    _Trait(("What is mostly made of {}?", "Which one do we make of {}?"), {
+        "wood": ("log", "plank", "desk", "pencil", "fence", "crate", "oar", "mast"),
+        "metal": ("nail", "coin", "key", "spoon", "anvil", "chain", "bell", "wire"),
+        "glass": ("window", "bottle", "mirror", "lens", "jar", "vase", "pane", "bulb"),
+        "cloth": ("shirt", "sock", "scarf", "flag", "towel", "curtain", "sheet", "skirt"),
+    }),
+    _Trait(("Which one is a {}?", "Which of these is a {} in a room?"), {
+        "solid": ("stone", "brick", "salt", "iron", "bone", "coal", "sand", "rock"),
+        "liquid": ("water", "milk", "oil", "juice", "tea", "rain", "ink", "wine"),
+        "gas": ("air", "steam", "oxygen", "helium", "methane", "neon", "argon", "nitrogen"),
+    }),
+    _Trait(("Which one is {}?", "Which of these is very {}?"), {
+        "hot": ("fire", "oven", "lava", "sun", "flame", "stove", "kettle", "furnace"),
+        "cold": ("ice", "snow", "frost", "glacier", "freezer", "hail", "sleet", "iceberg"),
+    }),
+    _Trait(("Which word is {}?", "Which of these words is {}?"), {
+        "singular": ("mouse", "foot", "tooth", "goose", "man", "child", "ox", "leaf"),
+        "plural": ("mice", "feet", "teeth", "geese", "men", "children", "oxen", "leaves"),
+    }),
+    _Trait(("Which verb is in the {}?", "Which of these words tells of the {}?"), {
+        "past": ("went", "saw", "ate", "ran", "took", "gave", "wrote", "sang"),
+        "present": ("go", "see", "eat", "run", "take", "give", "write", "sing"),
+    }),
+    _Trait(("Which one belongs to a {}?", "What would you find at a {}?"), {
+        "kitchen": ("oven", "pan", "fork", "kettle", "stove", "cup", "plate", "ladle"),
+        "school": ("pupil", "chalk", "teacher", "lesson", "desk", "grade", "exam", "class"),
+        "farm": ("barn", "plough", "tractor", "hay", "cow", "hen", "field", "crop"),
+        "harbour": ("ship", "anchor", "sailor", "crane", "pier", "boat", "dock", "tug"),
+    }),
+)  # fmt: skip
+
+
+def _trait_of_numbers(d: Draws) -> tuple[str, str, dict[str, list[str]]]:
+    """A question on numbers, the property it asks for, and numbers with and without it."""
+    which = d.below(3)
+    if which == 0:
+        asked = d.pick(("even", "odd"))
+        sets = {("even", "odd")[i]: [str(v) for v in range(2 + i, 100, 2)] for i in (0, 1)}
+        return d.pick((f"Which number is {asked}?", f"Find the {asked} number.")), asked, sets
+    if which == 1:
+        base = d.pick((5, 10))
+        fits = [str(v) for v in range(base, 100, base)]
+        rest = [str(v) for v in range(2, 100) if v % base]
+        stem = d.pick((f"Which number is divisible by {base}?", f"Which one can {base} divide?"))
+        return stem, "fits", {"fits": fits, "not": rest}
+    bound = d.between(10, 90)
+    asked = d.pick(("greater", "less"))
+    sets = {
+        "less": [str(v) for v in range(2, bound)],
+        "greater": [str(v) for v in range(bound + 1, 100)],
+    }
+    stem = d.pick((f"Which number is {asked} than {bound}?", f"Find one {asked} than {bound}."))
+    return stem, asked, sets
+
+
+def _traits(d: Draws) -> Item:
+    """Which of four words or numbers has a property.
+
+    The answer goes through the options, each with its letter, its property and its letter again,
+    and then names the property asked for, so that the letter is what followed it above. There are
+    few properties, which is what lets models of this size bind them to letters; matching any word
+    at all (kind ``mc``) or naming the letter outright (kind ``choice``) they hardly learn.
+    """
+    which = d.weighted((*(6 for _ in _TRAITS), 24))
+    sets: dict[str, Sequence[str]]
+    if which < len(_TRAITS):
+        trait = _TRAITS[which]
+        asked = d.pick(tuple(trait.words))
+        sets = {**trait.words}
+        stem = d.pick(trait.ask).format(asked)
+        key = f"{which} {asked}"
+    else:
+        stem, asked, numbers = _trait_of_numbers(d)
+        sets = {**numbers}
+        key = re.sub(r"\D+", " ", stem) + asked
+    right = d.pick(sets[asked])
+    wrong = d.sample([w for name, words in sets.items() if name != asked for w in words], 3)
+    options = d.sample([right, *wrong], 4)
+    gold = "ABCD"[options.index(right)]
+    pairs = list(zip("ABCD", options, strict=True))
+    shown = "\n".join(f"{letter}. {option}" for letter, option in pairs)
+    told = [
+        f"{letter}. {option}, {next(n for n, words in sets.items() if option in words)} {letter}"
+        for letter, option in pairs
+    ]
+    answer = "\n".join([*told, f"So {asked} {gold}", f"#### {gold}"])
+    key = f"{key}: {right} / {', '.join(sorted(wrong))}"
+    return Item("traits", f"{stem}\n{shown}", answer, gold, key, 0)
+
+
 _MAKERS: dict[Kind, Callable[[Draws], Item]] = {
     "math": _math,
     "code": _code,
     "choice": _choice,
     "lookup": _lookup,
+    "mc": _mc,
+    "traits": _traits,
 }
 
 
@@ -1125,17 +1498,109 @@ def tinygsm_items() -> list[Item]:
     return take("math", "test", TINYGSM_ROWS, TINYGSM_SEED)
 
 
-def tinygsm_bytes() -> bytes:
-    """The shipped test set: JSON lines with ``question`` and ``answer``, as in GSM8K."""
-    rows = ({"question": i.question, "answer": i.answer} for i in tinygsm_items())
+def tinycode_items() -> list[Item]:
+    """The 200 held-out ``code`` items of the shipped test set, in order."""
+    return take("code", "test", TINYCODE_ROWS, TINYCODE_SEED)
+
+
+def tinymc_items() -> list[Item]:
+    """The 300 held-out ``traits`` items of the shipped test set, in order."""
+    return take("traits", "test", TINYMC_ROWS, TINYMC_SEED)
+
+
+def _inputs(item: Item) -> list[str]:
+    """Argument lists, as Python source, on which a ``code`` item is tested.
+
+    They surround the constants of the reference, where a wrong constant or comparison shows, and
+    hold the edges: zero, negative, empty, repeated, and longer than any constant.
+    """
+    names = re.findall(r"\((.*)\):", item.question)[0].split(", ")
+    constants = sorted({int(c) for c in re.findall(r"\d+", item.answer)})
+    around = sorted({c + j for c in constants for j in (-1, 0, 1)} | {0, 1, 2, 7, 10, 120, -3})
+    if names[0] in _LISTS:
+        near = constants[-1] if constants else 4
+        return ["[5]", "[3, 1, 2]", "[7, -4, 0, 7, 12, -9]", f"{around}", f"{[near] * 3}",
+                f"{[2 * near, near + 1, near, near - 1, -near]}", "list(range(-5, 125))",
+                "[]"]  # fmt: skip
+    if names[0] in _TEXTS:
+        letters = re.findall(r"'(.)'", item.answer)
+        mark = letters[0] if letters else "q"
+        other = "z" if mark != "z" else "y"
+        texts = ["", mark, f"{other}{mark}", f"{mark}{mark}{other}{mark}", f"{mark.upper()}x",
+                 other, "Hello World", "abc, Abc"]  # fmt: skip
+        lengths = [f"{'ab'!r} * {c} + {'c'!r}" for c in constants]
+        fixed = [f"{'x'!r} * {c + j}" for c in constants for j in (0, 1)]
+        return [*map(repr, texts), "'abcdefghijklm' * 10", *lengths, *fixed]
+    if len(names) == 1:
+        return [str(v) for v in around]
+    lone = [c for c in constants if c > 1] or [5]
+    k = lone[-1]
+    pairs = ((0, 0), (1, 0), (0, 1), (3, 8), (8, 3), (-4, 6), (k, 3), (3, k), (k + 1, k + 1),
+             (k + 1, k), (k, k + 1), (k + 4, 3), (k + 3, 3), (200, 7), (7, 200),
+             (-k, -9))  # fmt: skip
+    return [f"{a}, {b}" for a, b in pairs]
+
+
+def tinycode_row(index: int, item: Item) -> dict[str, str]:
+    """``item`` in HumanEval's schema; the asserts hold what the reference really returns."""
+    body = f"{item.answer}\n"
+    space: dict[str, Callable[..., object]] = {}
+    exec(item.question + body, space)
+    entry = item.question[len("def ") : item.question.index("(")]
+    asserts: list[str] = []
+    for arguments in dict.fromkeys(_inputs(item)):
+        try:
+            value = eval(f"candidate({arguments})", {"candidate": space[entry]})
+        except (IndexError, ValueError):  # the first of nothing, the largest of nothing
+            continue
+        asserts.append(f"    assert candidate({arguments}) == {value!r}\n")
+    return {
+        "task_id": f"tinycode/{index}",
+        "prompt": item.question,
+        "canonical_solution": body,
+        "test": "def check(candidate):\n" + "".join(asserts),
+        "entry_point": entry,
+    }
+
+
+def tinymc_row(index: int, item: Item) -> dict[str, object]:
+    """``item`` in ARC's schema."""
+    stem, *lines = item.question.split("\n")
+    return {
+        "id": f"tinymc-{index}",
+        "question": stem,
+        "choices": {
+            "text": [line.partition(". ")[2] for line in lines],
+            "label": [line.partition(". ")[0] for line in lines],
+        },
+        "answerKey": item.gold,
+    }
+
+
+def _json_lines(rows: Iterable[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows).encode("ascii")
 
 
+def tinygsm_bytes() -> bytes:
+    """The shipped test set: JSON lines with ``question`` and ``answer``, as in GSM8K."""
+    return _json_lines({"question": i.question, "answer": i.answer} for i in tinygsm_items())
+
+
+def tinycode_bytes() -> bytes:
+    """The shipped test set of functions: JSON lines with the fields of HumanEval."""
+    return _json_lines(tinycode_row(i, item) for i, item in enumerate(tinycode_items()))
+
+
+def tinymc_bytes() -> bytes:
+    """The shipped multiple-choice test set: JSON lines with the fields of ARC."""
+    return _json_lines(tinymc_row(i, item) for i, item in enumerate(tinymc_items()))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: write the shipped test set, or print a few items."""
+    """Command line: write the shipped test sets, or print a few items."""
     parser = argparse.ArgumentParser(prog="python -m dlmom_rs.zoo.problems", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the shipped tinygsm.jsonl")
-    parser.add_argument("--out", type=Path, default=TINYGSM_PATH, help="where --write writes")
+    parser.add_argument("--write", action="store_true", help="write the shipped test sets")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder that --write writes to")
     parser.add_argument("--show", choices=KINDS, help="print items of this kind instead")
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--count", type=int, default=5)
@@ -1145,9 +1610,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for item in take(args.show, args.split, args.count, args.seed):
             print(f"{item.question}\n--\n{item.answer}\n")
     if args.write:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_bytes(tinygsm_bytes())
-        print(f"wrote {TINYGSM_ROWS} rows to {args.out}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        for shipped, data in (
+            (TINYGSM_PATH, tinygsm_bytes()),
+            (TINYCODE_PATH, tinycode_bytes()),
+            (TINYMC_PATH, tinymc_bytes()),
+        ):
+            target = args.out / shipped.name
+            target.write_bytes(data)
+            rows = data.count(b"\n")
+            print(f"wrote {rows} rows to {target}")
     if not (args.show or args.write):
         parser.error("nothing to do: give --write or --show KIND")
 
