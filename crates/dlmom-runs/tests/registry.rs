@@ -261,9 +261,10 @@ fn cells_say_what_crosses_a_link() {
                     CellKind::Alias { of } => format!("same as {of}"),
                     CellKind::Skip { reason } => format!("skipped: {reason}"),
                 };
-                format!("{}: {what}\n", cell.experiment.id)
+                format!("{}: {what}", cell.experiment.id)
             })
-            .collect::<String>()
+            .collect::<Vec<_>>()
+            .join("\n")
     };
     let packet = Overrides {
         support: Some(Support::Packet),

@@ -386,7 +386,7 @@ struct Alternate {
 
 impl Rule for Alternate {
     fn wish(&mut self, entropy: f64, _: Option<Mode>) -> Result<Mode, ControllerFailure> {
-        self.seen.lock().unwrap().push(entropy);
+        self.seen.lock().expect("not poisoned").push(entropy);
         self.calls += 1;
         if self.calls == self.fail_at {
             return Err("no opinion".into());
@@ -455,11 +455,12 @@ impl Consensus for First {
 
     fn merge(&self, centred: &[&[f32]], out: &mut [f32]) {
         out.copy_from_slice(centred[0]);
-        *self.failed.lock().unwrap() = self.fail;
+        *self.failed.lock().expect("not poisoned") = self.fail;
     }
 
     fn take_failure(&self) -> Option<Box<dyn std::error::Error + Send + Sync>> {
-        std::mem::take(&mut *self.failed.lock().unwrap()).then(|| "no agreement".into())
+        std::mem::take(&mut *self.failed.lock().expect("not poisoned"))
+            .then(|| "no agreement".into())
     }
 }
 
