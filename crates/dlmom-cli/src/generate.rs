@@ -14,7 +14,7 @@ use dlmom_runtime::{
 };
 
 use crate::args::{Device, Dtype, alpha_unit, encoding, support};
-use crate::host::{EngineSpec, Host};
+use crate::host::{EngineSpec, Host, HostError};
 use crate::prepare::models_and_agents;
 use crate::status::{CliError, ExitStatus};
 use crate::timeline::{Footer, Growing, Header, Plain, Step, Timeline};
@@ -252,7 +252,10 @@ pub(crate) fn command(
         fast: false,
         attention: args.attention.clone(),
     };
-    let mut backend = host.load(&spec)?;
+    let mut backend = host.load(&spec).map_err(|error| match error {
+        HostError::NeedsPython(_) => HostError::NeedsPython("generate"),
+        other => other,
+    })?;
     check_vocabularies(backend.info())?;
     let vocab = backend.info().model_of(AgentId(0)).map_or(0, |m| m.vocab);
     // A packet of a small vocabulary is all of it; only what was asked for is an error.

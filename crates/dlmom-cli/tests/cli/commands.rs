@@ -37,6 +37,9 @@ fn what_needs_python_says_so_in_one_line() {
     ]);
     assert_eq!(done.status, ExitStatus::Usage);
     insta::assert_snapshot!(done.err, @"error: run needs Python: use the dlmom-rs command of the Python package, or --backend mock");
+    let done = call(&["generate", "--model", "m", "--prompt", "How many?"]);
+    assert_eq!(done.status, ExitStatus::Usage);
+    insta::assert_snapshot!(done.err, @"error: generate needs Python: use the dlmom-rs command of the Python package");
     let done = call(&["plot", text(folder.path())]);
     assert_eq!(done.status, ExitStatus::Usage);
     insta::assert_snapshot!(done.err, @"error: plot needs Python: use the dlmom-rs command of the Python package");
