@@ -109,11 +109,7 @@ class RichTimeline:
         """Before the first step (``Header``)."""
         header: dict[str, Any] = json.loads(payload)
         self._alpha = header["alpha"]
-        ceiling = header["ceiling"]
-        if self._alpha:
-            self._full = min(2 * self._alpha, max(ceiling, self._alpha))
-        else:
-            self._full = ceiling
+        self._full = header["full"]
         self._print(Text(header["title"], style="bold", overflow="ellipsis", no_wrap=True))
         about = f"{' + '.join(header['experts'])}   entropy {header['unit']}"
         if self._alpha is not None:

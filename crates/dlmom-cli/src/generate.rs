@@ -403,7 +403,12 @@ fn ask(
         .collect();
     let title = messages.last().map_or("", |m| m.content.as_str());
     let title: String = title.split_whitespace().collect::<Vec<_>>().join(" ");
-    let header = Header::new(format!("prompt: {title}"), names, config, first.vocab);
+    let header = Header::new(
+        format!("prompt: {title}"),
+        names,
+        config,
+        Some(f64::from(first.vocab).ln()),
+    );
     let rich = (args.trace && !args.json && host.output_terminal())
         .then(|| host.timeline())
         .flatten();

@@ -174,18 +174,15 @@ pub(crate) fn command(
     })?;
     let config = experiment.loop_config()?;
     let experts = names(&manifest.context, &manifest.models);
-    let mut header = Header::new(
+    let header = Header::new(
         format!(
             "{id}, item {}, seed {}, {}",
             key.item_id, key.seed, row.bench
         ),
         experts,
         &config,
-        0,
+        manifest.ln_vocab,
     );
-    if config.controller.alpha_unit == dlmom_core::AlphaUnit::Nats {
-        header.ceiling = manifest.ln_vocab.unwrap_or(header.ceiling);
-    }
     let footer = Footer {
         text: row.text.clone(),
         facts,

@@ -25,36 +25,41 @@ pub struct Header {
     pub alpha: Option<f64>,
     /// Unit of the entropies shown, that of alpha.
     pub unit: String,
-    /// Largest entropy of the unit: 1, or `ln V` in nats.
-    pub ceiling: f64,
+    /// Entropy at the right end of the bar: twice alpha, so that alpha is its middle, but no more than the unit can hold.
+    pub full: f64,
 }
 
 impl Header {
-    /// The header of a loop over `vocab` tokens.
+    /// The header of a loop; `ln_vocab` is the largest entropy there can be, in nats.
     #[must_use]
-    pub fn new(title: String, experts: Vec<String>, config: &LoopConfig, vocab: u32) -> Self {
+    pub fn new(
+        title: String,
+        experts: Vec<String>,
+        config: &LoopConfig,
+        ln_vocab: Option<f64>,
+    ) -> Self {
         let controller = &config.controller;
         let (unit, ceiling) = match controller.alpha_unit {
-            AlphaUnit::Normalized => ("of ln V", 1.0),
-            AlphaUnit::Nats => ("nats", f64::from(vocab.max(2)).ln()),
+            AlphaUnit::Normalized => ("of ln V", Some(1.0)),
+            AlphaUnit::Nats => ("nats", ln_vocab),
         };
+        let alpha =
+            matches!(controller.gate, Gate::Threshold | Gate::Trend).then_some(controller.alpha);
         Self {
             title,
             experts,
-            alpha: matches!(controller.gate, Gate::Threshold | Gate::Trend)
-                .then_some(controller.alpha),
+            alpha,
             unit: unit.to_owned(),
-            ceiling,
+            full: full(alpha, ceiling.unwrap_or(1.0)),
         }
     }
+}
 
-    /// The entropy at the right end of the bar: twice alpha, so that alpha is its middle, within the ceiling.
-    #[must_use]
-    pub fn full(&self) -> f64 {
-        match self.alpha {
-            Some(alpha) if alpha > 0.0 => (2.0 * alpha).min(self.ceiling.max(alpha)),
-            _ => self.ceiling,
-        }
+/// The entropy at the right end of the bar.
+fn full(alpha: Option<f64>, ceiling: f64) -> f64 {
+    match alpha {
+        Some(alpha) if alpha > 0.0 => (2.0 * alpha).min(ceiling.max(alpha)),
+        _ => ceiling,
     }
 }
 
@@ -242,7 +247,7 @@ impl<W: Write> Timeline for Plain<W> {
     }
 
     fn step(&mut self, step: &Step) {
-        let full = self.header.as_ref().map_or(1.0, Header::full);
+        let full = self.header.as_ref().map_or(1.0, |header| header.full);
         let next = if step.latent() {
             step.top
                 .iter()
@@ -347,7 +352,7 @@ mod tests {
             experts: vec!["a".into(), "b".into()],
             alpha,
             unit: "nats".into(),
-            ceiling: 6.0,
+            full: full(alpha, 6.0),
         }
     }
 
@@ -375,10 +380,10 @@ mod tests {
 
     #[test]
     fn the_bar_has_alpha_in_its_middle() {
-        assert_eq!(bar(0.3, header(Some(0.3)).full()), "#####.....");
-        assert_eq!(bar(9.0, header(Some(0.3)).full()), "##########");
+        assert_eq!(bar(0.3, header(Some(0.3)).full), "#####.....");
+        assert_eq!(bar(9.0, header(Some(0.3)).full), "##########");
         assert_eq!(bar(f64::NAN, 1.0), "..........");
-        assert_eq!(bar(3.0, header(None).full()), "#####.....");
+        assert_eq!(bar(3.0, header(None).full), "#####.....");
     }
 
     #[test]

@@ -48,12 +48,7 @@ impl WireEncoding {
     /// The scalar of messages without ids; `compact` has none.
     #[must_use]
     pub fn scalar(self) -> Option<Scalar> {
-        match self {
-            Self::F32 => Some(Scalar::F32),
-            Self::F16 => Some(Scalar::F16),
-            Self::Bf16 => Some(Scalar::Bf16),
-            Self::Compact => None,
-        }
+        self.packet().scalar()
     }
 }
 

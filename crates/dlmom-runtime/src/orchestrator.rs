@@ -472,9 +472,9 @@ impl Session {
         let mut packets = Vec::new();
         for &slot in slots {
             if let Some(active) = &self.slots[slot.index()]
-                && let NextFeed::Embed(packet) = &active.next
+                && let NextFeed::Embed(packet, meta) = &active.next
             {
-                waiting.push(slot);
+                waiting.push((slot, *meta));
                 packets.push(packet.clone());
             }
         }
@@ -504,11 +504,10 @@ impl Session {
             ))));
         }
         let rows = embeddings.values.chunks_exact(hidden as usize);
-        for (&slot, values) in waiting.iter().zip(rows) {
+        for (&(slot, meta), values) in waiting.iter().zip(rows) {
             let Some(active) = &mut self.slots[slot.index()] else {
                 continue;
             };
-            let meta = meta_of(self.ensemble.fingerprint, active);
             let (values, _) = self
                 .link
                 .embed(values, meta, self.ensemble.scalar)
@@ -731,7 +730,7 @@ impl Session {
                 .collect(),
             NextFeed::Packet(packet) => all(Feed::Packets(std::slice::from_ref(packet))),
             NextFeed::Payload(payload) => all(Feed::Payload(payload)),
-            NextFeed::Embed(_) => {
+            NextFeed::Embed(..) => {
                 return Err(BackendError::Invalid(
                     "a packet is waiting to be embedded".into(),
                 ));
@@ -966,7 +965,7 @@ impl Session {
                 // Its length is known before the backend has mixed it.
                 let hidden = self.first_model().hidden as usize;
                 active.downlink += embed_len(hidden, self.ensemble.scalar) as u64 * agents;
-                (NextFeed::Embed(packet.clone()), packet)
+                (NextFeed::Embed(packet.clone(), meta), packet)
             }
         };
         active.latent += 1;

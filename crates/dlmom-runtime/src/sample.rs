@@ -3,7 +3,7 @@
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use dlmom_core::{Controller, Decision, Mode, RowReadout, Stream, sample_key};
-use dlmom_packet::BeliefPacket;
+use dlmom_packet::{BeliefPacket, Meta};
 
 use crate::backend::{ModelInfo, Payload};
 use crate::outcome::{ENTROPY_BINS, Job, Outcome, Spread, Stop, Trace, entropy_bin};
@@ -26,8 +26,8 @@ pub(crate) enum NextFeed {
     Tokens(Vec<Vec<u32>>),
     Packet(BeliefPacket),
     Payload(Payload),
-    /// A packet that the backend has yet to mix, before it can be sent as an embedding.
-    Embed(BeliefPacket),
+    /// A packet that the backend has yet to mix, before it can be sent as an embedding, and what travels beside it.
+    Embed(BeliefPacket, Meta),
 }
 
 /// A sample in a slot.
@@ -67,7 +67,7 @@ impl NextFeed {
     pub(crate) fn positions(&self, experts: usize) -> Vec<u32> {
         match self {
             Self::Tokens(tokens) => tokens.iter().map(|ids| ids.len() as u32).collect(),
-            Self::Packet(_) | Self::Payload(_) | Self::Embed(_) => vec![1; experts],
+            Self::Packet(_) | Self::Payload(_) | Self::Embed(..) => vec![1; experts],
         }
     }
 }

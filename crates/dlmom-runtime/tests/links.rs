@@ -281,6 +281,73 @@ fn receivers_are_fed_what_was_decoded_so_a_broken_codec_changes_answers() {
     }
 }
 
+/// Notes the step and the fingerprint that travel with every message.
+struct Noting(Wire, Arc<Mutex<Vec<Meta>>>);
+
+impl Noting {
+    fn note(&self, meta: Meta) {
+        self.1.lock().expect("not poisoned").push(meta);
+    }
+}
+
+impl Link for Noting {
+    fn packet(
+        &mut self,
+        packet: &BeliefPacket,
+        meta: Meta,
+        encoding: WireEncoding,
+    ) -> Result<(BeliefPacket, usize), LinkError> {
+        self.note(meta);
+        self.0.packet(packet, meta, encoding)
+    }
+
+    fn dense(
+        &mut self,
+        probs: &[f32],
+        meta: Meta,
+        encoding: WireEncoding,
+    ) -> Result<(Vec<f32>, usize), LinkError> {
+        self.note(meta);
+        self.0.dense(probs, meta, encoding)
+    }
+
+    fn embed(
+        &mut self,
+        values: &[f32],
+        meta: Meta,
+        scalar: Scalar,
+    ) -> Result<(Vec<f32>, usize), LinkError> {
+        self.note(meta);
+        self.0.embed(values, meta, scalar)
+    }
+}
+
+#[test]
+fn every_message_says_which_step_it_is_of() {
+    for message in [LinkMessage::Belief, LinkMessage::Embed, LinkMessage::Logits] {
+        let cfg = config(message, WireEncoding::F32, Support::Full);
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let hooks = Hooks {
+            link: Some(Box::new(Noting(Wire::default(), Arc::clone(&seen)))),
+            ..Hooks::default()
+        };
+        let mut sink = Collect::default();
+        let options = RunOptions::default();
+        let mut jobs = std::iter::once(job(3));
+        run_with(&mut shared(), &cfg, &options, hooks, &mut jobs, &mut sink).expect("runs");
+        let seen = seen.lock().expect("not poisoned");
+        let steps: Vec<u32> = seen.iter().map(|meta| meta.step).collect();
+        // One message a step, in order; a last latent step's mixture is not sent any more.
+        assert_eq!(
+            steps,
+            (0..steps.len() as u32).collect::<Vec<_>>(),
+            "{message:?}"
+        );
+        assert!(seen.iter().all(|meta| meta.fingerprint == u64::from(VOCAB)));
+        assert!(sink.outcomes[0].latent_steps > 0);
+    }
+}
+
 #[test]
 fn a_coarse_encoding_is_what_the_receivers_get() {
     let exact = config(LinkMessage::Belief, WireEncoding::F32, Support::Full);
