@@ -103,7 +103,9 @@ def alone(engine: Engine, life: Life) -> list[Tensor]:
                 np.frombuffer(probs, "<f4").reshape(-1, k),
                 torch.device("cpu"),
             )
-            logits = expert.model(inputs_embeds=x[None], past_key_values=cache, use_cache=True)
+            logits = expert.model(
+                inputs_embeds=x[None], use_cache=True, **{expert.cache_keyword: cache}
+            )
             out.append(logits.logits[0, -1, :VOCAB])
     return out
 
@@ -432,8 +434,8 @@ def test_a_visible_length_that_matters_is_fixed_for_good(
     assert isinstance(lanes, RowSlotLanes)
     original = RowSlotLanes._logits
 
-    def shifted(self: RowSlotLanes, x: Tensor, **kwargs: object) -> Tensor:
-        logits = original(self, x, **kwargs)
+    def shifted(self: RowSlotLanes, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        logits = original(self, x, *args, **kwargs)
         return logits if x.shape[1] > 1 else logits + 1e-6 * self.cache.plan.bucket
 
     monkeypatch.setattr(RowSlotLanes, "_logits", shifted)

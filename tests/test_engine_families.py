@@ -95,12 +95,14 @@ def config(name: str) -> transformers.PreTrainedConfig:
 
 def alone(engine: Engine, ids: list[int], steps: list[int]) -> Tensor:
     """Greedy-free reference: fed tokens on transformers' own cache, masks and positions."""
-    model = engine._experts[0].model
+    expert = engine._experts[0]
+    model = expert.model
     cache = DynamicCache(config=model.config)
+    taken = {expert.cache_keyword: cache}
     out = []
     with torch.inference_mode():
         for tokens in (ids, *([token] for token in steps)):
-            logits = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits
+            logits = model(torch.tensor([tokens]), use_cache=True, **taken).logits
             out.append(logits[0, -1, :266])
     return torch.stack(out)
 
@@ -108,18 +110,18 @@ def alone(engine: Engine, ids: list[int], steps: list[int]) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "path", "attention"),
     [
-        ("llama", "row_slot", "sdpa"),
-        ("llama-yarn", "row_slot", "sdpa"),
+        ("llama", "row_slot", "blocks"),
+        ("llama-yarn", "row_slot", "blocks"),
         ("llama-dynamic", "per_row", "sdpa"),
-        ("qwen2", "row_slot", "sdpa"),
-        ("qwen2-sliding", "row_slot", "sdpa"),
-        ("qwen3", "row_slot", "sdpa"),
-        ("qwen3_moe", "row_slot", "sdpa"),
-        ("mistral", "row_slot", "sdpa"),
-        ("phi3", "row_slot", "sdpa"),
+        ("qwen2", "row_slot", "blocks"),
+        ("qwen2-sliding", "row_slot", "blocks"),
+        ("qwen3", "row_slot", "blocks"),
+        ("qwen3_moe", "row_slot", "blocks"),
+        ("mistral", "row_slot", "blocks"),
+        ("phi3", "row_slot", "blocks"),
         ("gemma2", "row_slot", "eager"),
-        ("gemma3", "row_slot", "sdpa"),
-        ("gpt2", "row_slot", "sdpa"),
+        ("gemma3", "row_slot", "blocks"),
+        ("gpt2", "row_slot", "blocks"),
         ("bloom", "per_row", "eager"),
         ("stablelm", "per_row", "sdpa"),
     ],
@@ -196,5 +198,12 @@ def test_eager_where_sdpa_is_asked_of_a_family_without_it(tmp_path: Path) -> Non
     assert info["models"][0]["attention"] == "eager"
     assert info["models"][0]["path"] == "row_slot"
     assert info["bit_invariant"]
+    for attention in ("sdpa", "blocks"):
+        assert load(llama, attn=attention).info()["models"][0]["attention"] == attention
+    assert load(llama, fast=True).info()["models"][0]["attention"] == "sdpa"
+    with pytest.raises(ModelError, match="no blocks attention"):
+        load(folder, attn="blocks")
+    with pytest.raises(ModelError, match="no blocks attention"):
+        load(save_model(tmp_path / "stablelm", config("stablelm")), attn="blocks")
     with pytest.raises(ModelError, match="unknown attention 'flash'"):
         load(llama, attn="flash")

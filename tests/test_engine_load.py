@@ -392,3 +392,16 @@ def test_a_lane_cannot_outgrow_the_context(shipped: Path) -> None:
     with pytest.raises(ValueError, match="the context of tiny is 64"):
         engine.open([(0, 0, 65)])
     engine.open([(0, 0, 64)])
+
+
+def test_weights_at_odd_addresses_are_copied(shipped: Path) -> None:
+    model = load(shipped, max_len=50)._experts[0].model
+    weight = model.model.embed_tokens.weight
+    odd = torch.empty(weight.numel() + 1)[1:].view_as(weight)
+    odd.copy_(weight)
+    kept = weight.detach().clone()
+    weight.data = odd
+    assert weight.data_ptr() % experts.ALIGNMENT
+    experts.align(model)
+    assert all(p.data_ptr() % experts.ALIGNMENT == 0 for p in model.parameters())
+    assert torch.equal(weight, kept)

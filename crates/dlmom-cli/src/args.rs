@@ -219,8 +219,8 @@ pub struct RunArgs {
     /// Items per cell whose steps are recorded in traces/.
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub traces: usize,
-    /// Attention implementation [default: sdpa where the model allows it].
-    #[arg(long, value_parser = ["sdpa", "eager"], value_name = "sdpa|eager")]
+    /// Attention implementation [default: blocks where rows share a batch on a CPU, else sdpa, else eager].
+    #[arg(long, value_parser = ["blocks", "sdpa", "eager"], value_name = "blocks|sdpa|eager")]
     pub attention: Option<String>,
     /// Allow a model folder to run its own Python code.
     #[arg(long)]

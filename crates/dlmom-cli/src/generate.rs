@@ -79,8 +79,8 @@ pub struct GenerateArgs {
     /// Threads of one forward [default: physical cores].
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
-    /// Attention implementation [default: sdpa where the model allows it].
-    #[arg(long, value_parser = ["sdpa", "eager"], value_name = "sdpa|eager")]
+    /// Attention implementation [default: blocks where rows share a batch on a CPU, else sdpa, else eager].
+    #[arg(long, value_parser = ["blocks", "sdpa", "eager"], value_name = "blocks|sdpa|eager")]
     pub attention: Option<String>,
     /// Allow a model folder to run its own Python code.
     #[arg(long)]

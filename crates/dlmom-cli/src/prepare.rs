@@ -306,6 +306,8 @@ pub(crate) fn prepare(
     }
     if !info.bit_invariant {
         context["rows"] = json!(rows);
+    }
+    if !info.bit_invariant || info.fixed_length {
         context["max_len"] = json!(info.max_len);
     }
     let manifest = Manifest {

@@ -235,6 +235,7 @@ fn read_info(engine: &Bound<'_, PyAny>) -> PyResult<EnsembleInfo> {
         threads: text(info, "threads")?,
         bit_invariant: text(info, "bit_invariant")?,
         bit_invariance_reason: text(info, "bit_invariance_reason")?,
+        fixed_length: text(info, "fixed_length")?,
     })
 }
 

@@ -110,6 +110,8 @@ pub struct EnsembleInfo {
     pub bit_invariant: bool,
     /// What the start-up test found, or why it was not run.
     pub bit_invariance_reason: String,
+    /// Whether every row sees the whole reserved length, because its bits depend on it.
+    pub fixed_length: bool,
 }
 
 impl EnsembleInfo {

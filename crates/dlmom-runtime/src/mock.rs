@@ -88,6 +88,7 @@ impl MockBackend {
                 threads: 1,
                 bit_invariant: true,
                 bit_invariance_reason: "rows are computed one by one".into(),
+                fixed_length: false,
             },
             lanes: BTreeMap::new(),
             script,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import padded_rows
+from .cache import BUCKET, padded_rows
 from .device import (
     device_bytes,
     out_of_memory,
@@ -105,6 +105,7 @@ class Engine:
                 dtype=torch_dtype,
                 trust_remote_code=trust_remote_code,
                 attn=attn,
+                blocks=invariant and on_cpu,
             )
             for source in experts
         ]
@@ -235,6 +236,10 @@ class Engine:
             "max_len": self._max_len,
             "bit_invariant": self._bit_invariant,
             "bit_invariance_reason": self._bit_reason,
+            "fixed_length": any(
+                isinstance(lanes, RowSlotLanes) and lanes.min_bucket > BUCKET
+                for lanes in self._lanes
+            ),
         }
 
     def _row_slot(self, model: int) -> bool:

@@ -24,8 +24,8 @@ def one_hot_rows(probs: NDArray[np.float32]) -> NDArray[np.bool_]:
     return rows
 
 
-def _tree_sum(terms: Tensor) -> Tensor:
-    """Sum ``terms`` [k, n, h] over k, halving pairwise, in place; returns [n, h].
+def tree_sum(terms: Tensor) -> Tensor:
+    """Sum ``terms`` [k, ...] over k, halving pairwise, in place; returns [...].
 
     Term i is added to term i + half, with half the largest power of two below what is left: the
     order of a tree over the next power of two with zeros for the terms that are not there. So zero
@@ -55,7 +55,7 @@ def mixture(module: nn.Module, ids: Tensor, probs: Tensor) -> Tensor:
         total: Tensor | None = None
         for left in range(0, ids.shape[0], TREE):
             entries = slice(left, left + TREE)
-            part = _tree_sum(module(ids[entries, rows]).float() * weights[entries, rows])
+            part = tree_sum(module(ids[entries, rows]).float() * weights[entries, rows])
             total = part if total is None else total + part
         assert total is not None
         # A sum of negative zeros is -0.0 alone but 0.0 once padded; adding 0.0 makes both 0.0.

@@ -1,6 +1,7 @@
 """Loading one model from a folder or the hub: weights checked, tokenizer described, path chosen."""
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from . import families
+from .attention import BLOCKS, register
 from .errors import ModelError, WeightsError
 from .families import Family
 from .masks import MaskPlan
@@ -50,6 +52,15 @@ class Expert:
         """The module that turns ids into input embeddings, scaling included."""
         module: nn.Module = self.model.get_input_embeddings()
         return module
+
+    @property
+    def cache_keyword(self) -> str:
+        """The name under which the model's forward takes a cache.
+
+        ``cache`` from transformers 5.24 on, where ``past_key_values`` is deprecated.
+        """
+        accepted = inspect.signature(self.model.forward).parameters
+        return "cache" if "cache" in accepted else "past_key_values"
 
     def mask_plan(self) -> MaskPlan:
         """How this model's masks are made."""
@@ -193,22 +204,34 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def choose_attention(config: Any, asked: str | None, name: str) -> str:
-    """The attention implementation: sdpa, or eager where the family has no sdpa.
+    """The attention implementation to load with: sdpa, or eager where the family has no sdpa.
 
-    Raises ModelError for an unknown name and for sdpa asked of a family without it.
+    ``blocks`` is sdpa at first: whether a model can take it shows once it is loaded. Raises
+    ModelError for an unknown name and for sdpa or blocks asked of a family without sdpa.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if asked not in (None, "sdpa", "eager"):
-        raise ModelError(f"unknown attention {asked!r}: expected sdpa or eager")
+    if asked not in (None, "sdpa", "eager", BLOCKS):
+        raise ModelError(f"unknown attention {asked!r}: expected sdpa, eager or {BLOCKS}")
     try:
         known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         supported = bool(known._supports_sdpa)
     except KeyError:  # code shipped with the model
         supported = True
-    if asked == "sdpa" and not supported:
-        raise ModelError(f"{name}: type {config.model_type!r} has no sdpa attention; use eager")
+    if asked in ("sdpa", BLOCKS) and not supported:
+        raise ModelError(f"{name}: type {config.model_type!r} has no {asked} attention; use eager")
+    if asked == BLOCKS:
+        return "sdpa"
     return asked or ("sdpa" if supported else "eager")
+
+
+def take_blocks(model: Any) -> bool:
+    """Switch a model that was loaded with sdpa to ``blocks``; False where its code cannot."""
+    if not model._can_set_attn_implementation():
+        return False
+    register()
+    model.set_attn_implementation(BLOCKS)
+    return bool(model.config._attn_implementation == BLOCKS)
 
 
 def check_loaded(folder: Path, loading: dict[str, Any]) -> None:
@@ -242,6 +265,21 @@ def check_finite(folder: Path, model: nn.Module) -> None:
         raise WeightsError(f"{folder}: weights hold NaN or Inf: {shown}")
 
 
+#: Alignment of fresh CPU tensors, in bytes.
+ALIGNMENT = 64
+
+
+def align(model: nn.Module) -> None:
+    """Copy CPU weights that lie at odd addresses to aligned ones.
+
+    Weights mapped from a file lie where its header ends, and matrix kernels round differently at
+    other alignments: the same weights in another file would give other last bits.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
 def context_length(config: Any) -> int | None:
     """The longest sequence the model's positions allow, or None where it states none."""
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
@@ -258,8 +296,12 @@ def load_expert(
     dtype: torch.dtype,
     trust_remote_code: bool,
     attn: str | None,
+    blocks: bool = False,
 ) -> Expert:
     """Load one model, frozen and in eval mode, on ``device`` in ``dtype``.
+
+    ``blocks`` prefers the attention of that name to sdpa where ``attn`` asks for nothing and the
+    model shares a batch.
 
     Raises ModelError for anything wrong with the folder, WeightsError for NaN or Inf weights.
     """
@@ -287,9 +329,16 @@ def load_expert(
             raise ModelError(f"{folder}: cannot be loaded: {one_line(error)}") from error
     check_loaded(folder, loading)
     model.eval().requires_grad_(False).to(device)
+    align(model)
     check_finite(folder, model)
     text_config = model.config.get_text_config()
     family = families.decide(text_config, model, str(folder))
+    wanted = attn == BLOCKS or (blocks and attn is None and attention == "sdpa")
+    if wanted and family.row_slot and take_blocks(model):
+        attention = BLOCKS
+    elif attn == BLOCKS:
+        why = family.reason or "its code does not let its attention be replaced"
+        raise ModelError(f"{folder}: no {BLOCKS} attention: {why}")
     vocabulary = build_vocabulary(tokenizer, folder, model.generation_config, chat)
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight

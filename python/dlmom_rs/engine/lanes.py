@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache import BUCKET, RowSlotCache, round_up
 from .experts import Expert
@@ -38,6 +38,7 @@ class Lanes(ABC):
         self.lanes: dict[int, Lane] = {}
         accepted = inspect.signature(expert.model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._cache_keyword = expert.cache_keyword
         self._takes_positions = "position_ids" in accepted
 
     def get(self, slot: int) -> Lane:
@@ -100,8 +101,9 @@ class Lanes(ABC):
         for slot, length in saved.items():
             self._drop(slot, length)
 
-    def _logits(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def _logits(self, x: Tensor, cache: Cache, **kwargs: Any) -> Tensor:
         """Last-position logits: ``x`` [n, m, hidden] -> [n, rows of the head]."""
+        kwargs[self._cache_keyword] = cache
         out = self.expert.model(inputs_embeds=x, use_cache=True, **self._last_only, **kwargs)
         logits: Tensor = out.logits[:, -1]
         return logits
@@ -164,9 +166,9 @@ class RowSlotLanes(Lanes):
         try:
             logits = self._logits(
                 x[None],
+                self.cache,
                 attention_mask=mask,
                 position_ids=queries[None],
-                past_key_values=self.cache,
             )
         finally:
             plan.span_slot = None
@@ -189,9 +191,9 @@ class RowSlotLanes(Lanes):
         rows = torch.tensor(slots, dtype=torch.int64, device=self.device)
         logits = self._logits(
             self._batch(rows, x),
+            self.cache,
             attention_mask=mask,
             position_ids=queries[:, None],
-            past_key_values=self.cache,
         )
         picked = logits.index_select(0, rows)
         for lane in lanes:
@@ -253,7 +255,7 @@ class PerRowLanes(Lanes):
             _reset_rotary(module)
         positions = torch.arange(start, stop, device=self.device)[None]
         extra: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
-        logits = self._logits(x[None], past_key_values=self._caches[slot], **extra)
+        logits = self._logits(x[None], self._caches[slot], **extra)
         lane.length = stop
         return logits[0]
 

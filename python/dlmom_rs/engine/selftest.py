@@ -25,6 +25,8 @@ TOLERANCE = 1e-4
 HALF_TOLERANCE = 0.1
 STEPS = 4
 PROMPTS = (5, 9, 2)
+#: Rows of up to this many positions are tried at their own visible length and at the longest.
+LONGEST = 512
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def alone(expert: Expert, row: Row) -> Tensor:
     cache = DynamicCache(config=expert.model.config)
     out = []
     for x in (row.prompt, *row.steps[:, None]):
-        logits = expert.model(inputs_embeds=x[None], past_key_values=cache, use_cache=True).logits
+        taken = {expert.cache_keyword: cache}
+        logits = expert.model(inputs_embeds=x[None], use_cache=True, **taken).logits
         out.append(logits[0, -1])
     return torch.stack(out).float()
 
@@ -126,6 +129,38 @@ def reference_failure(expert: Expert, lanes: Lanes) -> str | None:
     return None if written else "some layers keep no keys and values"
 
 
+def _length_free(expert: Expert, lanes: RowSlotLanes, crowd: dict[int, Row], alone: Tensor) -> bool:
+    """Whether bits are the same however much more than its own positions a row could see.
+
+    Short rows at two greater lengths, and longer rows, which fill several blocks of a kernel's
+    sums, at their own length and at the longest.
+    """
+    capacity = lanes.cache.plan.capacity
+    last = lanes.slots - 1
+
+    def at(length: int, rows: dict[int, Row]) -> Tensor:
+        lanes.min_bucket = length
+        try:
+            return drive(lanes, rows)[last]
+        finally:
+            lanes.min_bucket = BUCKET
+
+    if any(
+        not torch.equal(alone, at(length, crowd))
+        for length in {capacity, round_up(capacity // 2, BUCKET)}
+    ):
+        return False
+    reach = min(capacity - 1, expert.context or capacity, LONGEST)
+    for positions in {reach // 4, reach // 2, 3 * reach // 4} - {0}:
+        size = positions - STEPS
+        if size < 1:
+            continue
+        rows = {last: make_row(expert, positions, size, lanes.device)}
+        if not torch.equal(at(BUCKET, rows), at(capacity, rows)):
+            return False
+    return True
+
+
 def invariance_failure(expert: Expert, lanes: Lanes) -> str | None:
     """Why a row's bits depend on more than the row, or None where no dependence was seen.
 
@@ -146,16 +181,11 @@ def invariance_failure(expert: Expert, lanes: Lanes) -> str | None:
     if not isinstance(lanes, RowSlotLanes):
         return None
     capacity = lanes.cache.plan.capacity
-    for length in {capacity, round_up(capacity // 2, BUCKET)}:
-        lanes.min_bucket = length
-        same = torch.equal(first, together())
-        lanes.min_bucket = BUCKET
-        if not same:
-            lanes.min_bucket = capacity
-            first = drive(lanes, {0: row})[0]
-            if not torch.equal(first, together()):
-                return "a row's bits depend on its slot or its mates"
-            break
+    if not _length_free(expert, lanes, crowd, first):
+        lanes.min_bucket = capacity
+        first = drive(lanes, {0: row})[0]
+        if not torch.equal(first, together()):
+            return "a row's bits depend on its slot or its mates"
     least = padded_rows(1, expert.dtype)
     if lanes.slots > least:
         few = RowSlotLanes(expert, least, capacity - 1, lanes.device)
