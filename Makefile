@@ -26,7 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 RUST_SOURCES := $(shell find crates -name '*.rs' -o -name Cargo.toml -o -name README.md 2>/dev/null) \
-	Cargo.toml Cargo.lock $(wildcard configs/*.yaml)
+	Cargo.toml Cargo.lock $(wildcard configs/*.yaml configs/*/*.yaml)
 
 .PHONY: demo test test-rust test-python lint bench docs build clean
 

@@ -158,7 +158,7 @@ def test_the_default_link_depends_on_whether_a_model_is_shared(
     assert ensemble.default_config()["link"]["message"] == "belief"
     assert twins.default_config()["link"]["message"] == "embed"
     assert ask(twins).latent_steps > 0
-    with pytest.raises(ConfigError, match="an embedding of one means nothing to the other"):
+    with pytest.raises(ConfigError, match="a vector of one means nothing to the other"):
         ask(ensemble, {"link": {"message": "embed"}})
 
 
@@ -1149,7 +1149,7 @@ def test_logits_are_floats(logits: Any) -> None:
     ("options", "words"),
     [
         ({"method": "tie"}, "unknown method 'tie'; did you mean ties"),
-        ({"method": "vote"}, "there are mean, ties"),
+        ({"method": "vote"}, "there are arith, best, geo, mean, mixture, poe, ties"),
         ({"theta": -0.1}, "theta is -0.1"),
         ({"eps": float("nan")}, "eps is nan"),
     ],

@@ -81,7 +81,7 @@ def test_no_arguments_shows_the_help_and_fails(dlmom: Call) -> None:
         (["--limit", "0"], ["--limit"]),
         (["--seeds", "1", "1"], ["--seeds", "twice"]),
         (["--seeds", "x"], ["--seeds"]),
-        (["--max-handoffs", "2"], ["--max-handoffs", "not built yet"]),
+        (["--max-handoffs", "2"], ["--max-handoffs", "--topology sequential"]),
         (["--suite", "A4"], ["A4", "not built yet"]),
         (["--fast", "--deterministic"], ["--fast", "--deterministic"]),
     ],

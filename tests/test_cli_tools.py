@@ -87,7 +87,7 @@ def test_a_changed_trace_fails_the_replay(dlmom: Call, mock_run: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     trace = json.loads(lines[0])
     step = trace["reason"].index("above_alpha")
-    trace["observed"][step] = 0.0
+    trace["observed"][step] = trace["entropy"][step] = 0.0
     path.write_text("\n".join([json.dumps(trace), *lines[1:], ""]), encoding="utf-8")
     done = dlmom("replay", mock_run)
     assert done.status == 1
@@ -141,10 +141,12 @@ def test_packet_files_are_valid_or_cut_short(dlmom: Call, tmp_path: Path) -> Non
 
 def test_the_list_names_what_is_shipped(dlmom: Call) -> None:
     out = good(dlmom("list"))
-    for word in ("A1.7", "gsm8k:PATH", "zoo:tiny-math", "none yet"):
+    for word in ("A1.7", "gsm8k:PATH", "zoo:tiny-math", "latentmas", "panel"):
         assert word in out, out
     value = json.loads(good(dlmom("list", "--json")))
-    assert set(value) == {"suites", "experiments", "benches", "experts", "presets"}
+    assert set(value) == {
+        *("suites", "experiments", "benches", "experts", "presets", "topologies", "prompts"),
+    }
     assert "zoo:tiny-general" in {e["name"] for e in value["experts"]}
     skipped = json.loads(good(dlmom("list", "--json", "--agents", "several-models")))
     kinds = {e["id"]: e["kind"] for e in skipped["experiments"]}

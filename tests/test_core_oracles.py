@@ -51,7 +51,15 @@ def philox_golden() -> list[dict[str, list[str]]]:
     ]
 
 
-PURPOSES = {"gumbel": 1, "dirichlet": 2, "token": 3, "shuffle": 4, "expert": 5}
+PURPOSES = {
+    "gumbel": 1,
+    "dirichlet": 2,
+    "token": 3,
+    "shuffle": 4,
+    "expert": 5,
+    "tilt": 6,
+    "donor": 7,
+}
 
 
 def sample_key(item: str, sample: int, agent: int) -> int:
@@ -90,8 +98,10 @@ def stream_golden() -> dict[str, Any]:
         ]
     ]
     draws = []
+    purposes = [("gumbel", 0), ("token", 0), ("dirichlet", 3)]
+    purposes += [(name, 0) for name in ["shuffle", "expert", "tilt", "donor"]]
     for seed, step, token, (purpose, attempt) in itertools.product(
-        [0, 42, MASK], [0, 9], [0, 151664], [("gumbel", 0), ("token", 0), ("dirichlet", 3)]
+        [0, 42, MASK], [0, 9], [0, 151664], purposes
     ):
         stream = {"seed": seed, "sample": sample_key("gsm8k/17", 1, 0), "step": step}
         words = block(stream, token, purpose, attempt)
@@ -174,6 +184,84 @@ def noise_golden() -> list[dict[str, Any]]:
     return cases
 
 
+# --- what a latent step mixes ----------------------------------------------------------------
+
+PLAIN_FILTER = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "keep": 0}
+
+
+def narrowed(p: np.ndarray, knobs: dict[str, Any]) -> np.ndarray:
+    """Temperature, nucleus and min-p on probabilities in falling order, as masks."""
+    q = p ** (1 / knobs["temperature"])
+    q = q / q.sum()
+    # An entry stays while the mass strictly before it has not reached the bar.
+    before = np.concatenate([[0.0], np.cumsum(q)[:-1]])
+    q = np.where(before < knobs["top_p"], q, 0.0)
+    q = q / q.sum()
+    q = np.where(q >= knobs["min_p"] * q.max(), q, 0.0)
+    return q / q.sum()
+
+
+def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
+    """By entropies, not by divergences."""
+    return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+
+
+def mix_golden() -> list[dict[str, Any]]:
+    rng = np.random.default_rng(17)
+    noises: list[dict[str, Any]] = [
+        {"kind": "none"},
+        {"kind": "gumbel", "tau": 0.5},
+        {"kind": "dirichlet", "lambda": 4.0},
+    ]
+    filters: list[dict[str, Any]] = [
+        {"temperature": 0.6, "top_p": 0.95},
+        {"temperature": 1.7, "min_p": 0.05},
+        {"keep": 3},
+        {"temperature": 0.8, "top_p": 0.9, "min_p": 0.1, "keep": 2},
+        {"top_p": 0.8, "keep": 4},
+    ]
+    cases = []
+    for index, (_, chosen, noise) in enumerate(itertools.product(range(3), filters, noises)):
+        knobs = PLAIN_FILTER | chosen
+        k = int(rng.integers(4, 12))
+        ids = [int(i) for i in rng.choice(150_000, k, replace=False)]
+        raw = rng.dirichlet(np.full(k, 0.9)).astype(np.float32)
+        wide = raw.astype(np.float64) / raw.astype(np.float64).sum()
+        stream = {"seed": 5, "sample": sample_key("mix", index, 0), "step": index}
+        order = sorted(range(k), key=lambda i: (-wide[i], ids[i]))
+        p = wide[order]
+        q = narrowed(p, knobs)
+        support = [i for i in range(k) if q[i] > 0]
+        if noise["kind"] == "dirichlet":
+            names = [ids[order[i]] for i in support]
+            q[support] = dirichlet(q[support], names, stream, noise["lambda"])
+        if knobs["keep"]:
+            support = sorted(support, key=lambda i: -q[i])[: knobs["keep"]]
+        else:
+            support = sorted(support, key=lambda i: -p[i])
+        q = np.array([q[i] if i in support else 0.0 for i in range(k)])
+        q = q / q.sum()
+        if noise["kind"] == "gumbel":
+            names = [ids[order[i]] for i in support]
+            q[support] = gumbel_softmax(q[support], names, stream, noise["tau"])
+        cases.append(
+            {
+                "filter": chosen,
+                "noise": noise,
+                "seed": stream["seed"],
+                "sample": f"{stream['sample']:016x}",
+                "step": stream["step"],
+                "ids": ids,
+                "probs": [float(x) for x in raw],
+                # By id, since the order of the result is no part of what it means.
+                "mixed": sorted([ids[order[i]], float(q[i])] for i in support),
+                "kl": float(sum(q[i] * math.log(q[i] / p[i]) for i in support if q[i] > 0)),
+                "js": jensen_shannon(p, q),
+            }
+        )
+    return cases
+
+
 # --- readout ---------------------------------------------------------------------------------
 
 
@@ -211,13 +299,20 @@ def readout_golden() -> list[dict[str, Any]]:
         # The trim decision is that of the float32 centred logits.
         centred = (wide - wide.mean(axis=1, keepdims=True)).astype(np.float32).astype(np.float64)
         theta = float(np.float32(0.1))
-        for method in ["ties", "mean"]:
+        own = np.array([softmax(row) for row in wide])
+        for method in ["ties", "mean", "arith", "poe", "best"]:
             if experts == 1:
                 merged = centred[0]
             elif method == "ties":
                 merged = ties_sketch(centred, theta, 1e-6)
-            else:
+            elif method == "mean":
                 merged = centred.mean(axis=0)
+            elif method == "arith":
+                merged = np.log(own.mean(axis=0))
+            elif method == "poe":
+                merged = np.log(own.prod(axis=0))
+            else:
+                merged = centred[int(np.argmin([entropy(row) for row in own]))]
             p = softmax(merged)
             order = sorted(range(vocab), key=lambda i: (-p[i], i))[:10]
             cases.append(
@@ -243,7 +338,9 @@ def readout_golden() -> list[dict[str, Any]]:
 
 
 def run_controller(spec: dict[str, Any], inputs: list[list[Any]]) -> list[list[Any]]:
-    """One procedure over the whole sequence; the trend by polynomial fit over a slice."""
+    """One procedure over the whole sequence, without a state of its own beyond what it has decided:
+    the trend by polynomial fit over a slice, the reference and the count of low entropies looked up
+    in the past."""
     alpha, w, cap = spec["alpha"], spec["w"], spec["cap"]
     conv = spec["convergence_threshold"] if spec["convergence_threshold"] is not None else alpha / 4
     slope_eps = spec["slope_eps"] if spec["slope_eps"] is not None else alpha / 50
@@ -262,6 +359,26 @@ def run_controller(spec: dict[str, Any], inputs: list[list[Any]]) -> list[list[A
                 mode, reason = "latent", "start_latent"
             elif spec["gate"].startswith("always"):
                 mode, reason = spec["gate"].removeprefix("always_"), "always"
+            elif spec["gate"] == "reference":
+                block = max((i for i, row in enumerate(out) if row[1]), default=0)
+                reference = inputs[block][0]
+                if previous is None:
+                    mode, reason = "latent", "start_latent"
+                elif previous == "latent" and h < reference:
+                    mode, reason = "explicit", "below_reference"
+                elif previous == "explicit" and h > reference:
+                    mode, reason = "latent", "above_reference"
+                else:
+                    mode, reason = previous, "keep"
+            elif spec["gate"] == "latent_then_explicit":
+                past = [x < alpha for x, _ in inputs[: t + 1]]
+                low = len(past) if all(past) else past[::-1].index(False)
+                if previous == "explicit":
+                    mode, reason = "explicit", "no_return"
+                elif low >= spec["patience"]:
+                    mode, reason = "explicit", "below_alpha"
+                else:
+                    mode, reason = "latent", "patience" if low else "above_alpha"
             elif spec["gate"] == "trend" and t + 1 >= w:
                 window = np.array([x for x, _ in inputs[t + 1 - w : t + 1]])
                 slope = np.polyfit(np.arange(w), window, 1)[0]
@@ -318,6 +435,41 @@ def controller_golden() -> list[dict[str, Any]]:
         ]
         inputs = [[float(h), f] for h, f in zip(walk, forces, strict=True)]
         cases.append({"spec": spec, "inputs": inputs, "decisions": run_controller(spec, inputs)})
+    return cases + block_gates_golden()
+
+
+def block_gates_golden() -> list[dict[str, Any]]:
+    """The gates that remember a block, on entropies that repeat, so that strictness shows."""
+    rng = np.random.default_rng(6)
+    forces = ["eos_certain", "answer_reserve", "locked", "terminated"]
+    cases = []
+    for index in range(40):
+        reference = index % 2 == 0
+        spec = {
+            "gate": "reference" if reference else "latent_then_explicit",
+            "w": None,
+            "alpha": 0.3,
+            "alpha_unit": "nats",
+            "cap": int(rng.choice([-1, -1, -1, -1, 1, 2, 5, 8])),
+            "min_dwell_latent": int(rng.choice([0, 0, 1, 3])),
+            "min_dwell_explicit": int(rng.choice([0, 1, 2, 4])),
+            "convergence_threshold": None,
+            "slope_eps": None,
+            "var_eps": None,
+            "max_latent_steps": int(rng.choice([12, 1000, 1000, 1000])),
+            "start": ["latent", "gate"][int(rng.integers(2))],
+            "patience": int(rng.choice([1, 1, 2, 3, 5])),
+        }
+        if reference:
+            levels = rng.integers(0, 6, 40)
+        else:
+            # A long fall to alpha and below, so that blocks last and patience is tried.
+            levels = np.clip(8 - np.arange(40) // 4 + rng.integers(-6, 5, 40), 0, 14)
+        inputs = [
+            [float(level) / 10, forces[int(rng.integers(4))] if rng.random() < 0.02 else None]
+            for level in levels
+        ]
+        cases.append({"spec": spec, "inputs": inputs, "decisions": run_controller(spec, inputs)})
     return cases
 
 
@@ -327,6 +479,7 @@ FILES = {
     "philox.json": philox_golden,
     "stream.json": stream_golden,
     "noise.json": noise_golden,
+    "mix.json": mix_golden,
     "readout.json": readout_golden,
     "controller.json": controller_golden,
 }

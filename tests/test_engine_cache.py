@@ -221,7 +221,7 @@ def test_k_padding_and_order_within_a_call_change_nothing(engine: Engine) -> Non
         for slot in order:
             prefill(engine, slot, printed([5, 6, slot]))
         rows = {slot: packets[slot] for slot in order}
-        logits = engine.advance([(0, [], step(rows, k))])[0][1]
+        logits = engine.advance([(0, [], step(rows, k), [])])[0][1]
         assert logits is not None
         assert (logits.dtype, logits.shape) == (torch.float32, (3, VOCAB))
         assert logits.is_contiguous()
@@ -305,7 +305,8 @@ def test_a_failed_advance_leaves_every_lane_where_it_was(
     def calls(token: int) -> list[Any]:
         span_of = [span(2, printed([token, 4, 5]))]
         return [
-            (a, span_of, step({0: [(token, 1.0)], 1: [(token + 1, 0.6), (2, 0.4)]})) for a in (0, 1)
+            (a, span_of, step({0: [(token, 1.0)], 1: [(token + 1, 0.6), (2, 0.4)]}), [])
+            for a in (0, 1)
         ]
 
     def start() -> None:
@@ -373,20 +374,20 @@ def test_calls_are_checked_before_anything_moves(engine: Engine) -> None:
     prefill(engine, 1, printed([1]))
     ids, probs, k = encode_packets([[(1, 1.0)]])
     bad = {
-        "do not fit": (0, [span(1, printed([1])), span(0, printed([1, 2]))], None),
-        "appears twice": (0, [span(1, printed([1]))], step({1: [(1, 1.0)]})),
-        "outside the vocabulary": (0, [], step({0: [(1, 1.0)], 1: [(VOCAB, 1.0)]})),
-        "no open lane": (0, [], step({1: [(1, 1.0)], 2: [(1, 1.0)]})),
-        "outside 0..": (0, [], step({1: [(1, 1.0)], 99: [(1, 1.0)]})),
-        "need 8 bytes": (0, [(1, ids, probs, 2, k, None)], None),
-        "at least one row": (0, [(1, ids, probs, 0, k, None)], None),
-        "agent 4 is outside": (4, [], None),
+        "do not fit": (0, [span(1, printed([1])), span(0, printed([1, 2]))], None, []),
+        "appears twice": (0, [span(1, printed([1]))], step({1: [(1, 1.0)]}), []),
+        "outside the vocabulary": (0, [], step({0: [(1, 1.0)], 1: [(VOCAB, 1.0)]}), []),
+        "no open lane": (0, [], step({1: [(1, 1.0)], 2: [(1, 1.0)]}), []),
+        "outside 0..": (0, [], step({1: [(1, 1.0)], 99: [(1, 1.0)]}), []),
+        "need 8 bytes": (0, [(1, ids, probs, 2, k, None)], None, []),
+        "at least one row": (0, [(1, ids, probs, 0, k, None)], None, []),
+        "agent 4 is outside": (4, [], None, []),
     }
     for message, call in bad.items():
         with pytest.raises(ValueError, match=message):
             engine.advance([call])
     with pytest.raises(ValueError, match="two calls"):
-        engine.advance([(0, [], None), (0, [], None)])
+        engine.advance([(0, [], None, []), (0, [], None, [])])
     assert (engine.length(0, 0), engine.length(1, 0)) == (5, 1)
     advance(engine, {0: [(1, 1.0)]})
     with pytest.raises(ValueError, match="1 more do not fit"):

@@ -47,7 +47,7 @@ def mixtures(engine: Engine) -> bytes:
 
 def advance(engine: Engine, payloads: list[tuple[str, list[int], bytearray]]) -> torch.Tensor:
     slots, ids, probs, k, _ = step(dict(enumerate(PACKETS)))
-    logits = engine.advance([(0, [], (slots, ids, probs, k, payloads))])[0][1]
+    logits = engine.advance([(0, [], (slots, ids, probs, k, payloads), [])])[0][1]
     assert logits is not None
     return logits
 
@@ -100,7 +100,7 @@ def test_spans_of_payloads_are_spans_of_packets(engine: Engine) -> None:
     by_packets = prefill(engine, 0, PACKETS)
     payload = ("embed", bytearray(mixtures(engine)))
     empty = bytearray()
-    by_payload = engine.advance([(0, [(1, empty, empty, 3, 1, payload)], None)])[0][0][0]
+    by_payload = engine.advance([(0, [(1, empty, empty, 3, 1, payload)], None, [])])[0][0][0]
     assert torch.equal(by_packets, by_payload)
     assert engine.length(1, 0) == 3
 

@@ -324,7 +324,8 @@ def test_the_link_of_a_single_agent_is_a_loopback(dlmom: Call, tmp_path: Path) -
     out = tmp_path / "single"
     done = dlmom(
         "run", "--suite", "A1", "--only", "REF", "--bench", "tinygsm", "--model", "zoo:tiny-math",
-        *LATENT, "--limit", 4, "--device", "cpu", "--dtype", "fp32", "--display", "none",
+        "--topology", "lockstep", *LATENT, "--limit", 4, "--device", "cpu", "--dtype", "fp32",
+        "--display", "none",
         "--out", out,
     )  # fmt: skip
     assert done.status == 0, done.err

@@ -39,7 +39,7 @@ def test_pyyaml_reads_what_rust_reads(path: Path) -> None:
 
 def test_pyyaml_reads_what_rust_wrote() -> None:
     emitted = json.loads((GOLDEN_DIR / "emitted.json").read_text(encoding="utf-8"))
-    assert len(emitted) == 24
+    assert len(emitted) > 50
     for case in emitted:
         assert typed(yaml.safe_load(case["yaml"])) == typed(case["value"])
 

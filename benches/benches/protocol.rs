@@ -9,13 +9,13 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dlmom_benches::{Lcg, cheap_backend, logits, packet};
 use dlmom_core::{
-    AlphaUnit, ConsensusSpec, ControllerSpec, Gate, GateController, NoiseSpec, Request, RowReadout,
-    SamplingSpec, Scratch, Start, Stream, noise, read_row, top_k,
+    AlphaUnit, Center, ConsensusSpec, ControllerSpec, Elect, Gate, GateController, Method,
+    NoiseSpec, Request, RowReadout, Scratch, Start, Stream, Tie, noise, read_row, top_k,
 };
 use dlmom_packet::{Encoding, Meta, decode_exact, encode_into, encoded_len};
 use dlmom_runtime::{
-    EnsembleInfo, Job, JobKey, LinkSpec, LoopConfig, MemoryStats, Outcome, PromptSource,
-    RunOptions, Sink, run,
+    EnsembleInfo, Job, JobKey, LoopConfig, MemoryStats, Outcome, PromptSource, RunOptions, Sink,
+    run,
 };
 
 const VOCAB: u32 = 151_665;
@@ -67,16 +67,23 @@ fn consensus(c: &mut Criterion) {
             let views: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
             for (name, spec) in [
                 ("ties", ConsensusSpec::paper()),
-                ("mean", ConsensusSpec::Mean),
+                ("mean", ConsensusSpec::of(Method::Mean)),
+                (
+                    "ties-union",
+                    ConsensusSpec {
+                        center: Center::TopkUnion,
+                        elect: Elect::Mass,
+                        tie: Tie::Mean,
+                        ..ConsensusSpec::paper()
+                    },
+                ),
             ] {
                 let mut scratch = Scratch::default();
                 let mut out = RowReadout::default();
                 let request = Request {
                     top: 50,
-                    per_agent_top: 0,
-                    targets: None,
-                    draw: None,
                     role: &[0],
+                    ..Request::default()
                 };
                 group.throughput(Throughput::Elements((vocab * experts) as u64));
                 group.bench_function(
@@ -107,6 +114,7 @@ fn spec(gate: Gate) -> ControllerSpec {
         var_eps: None,
         max_latent_steps: u32::MAX,
         start: Start::Gate,
+        patience: 1,
     }
 }
 
@@ -167,15 +175,10 @@ fn round(c: &mut Criterion) {
     let mut group = c.benchmark_group("mock_round");
     group.sample_size(20);
     let config = LoopConfig {
-        k: 50,
-        link: LinkSpec::default(),
         controller: spec(Gate::Threshold),
-        consensus: ConsensusSpec::paper(),
-        noise: NoiseSpec::None,
-        sampling: SamplingSpec::GREEDY,
         max_steps: 16,
         answer_reserve: 0,
-        answer_cue: None,
+        ..LoopConfig::default()
     };
     for agents in [1, 3] {
         for slots in [1, 8, 64] {
@@ -188,6 +191,9 @@ fn round(c: &mut Criterion) {
                     },
                     prompts: vec![PromptSource::Tokens { ids: vec![1, 2, 3] }; agents],
                     trace: false,
+                    config: 0,
+                    schedule: None,
+                    rival: None,
                 })
             };
             let mut backend = cheap_backend(agents, 512, slots, 64);

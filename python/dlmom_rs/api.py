@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from dlmom_rs import _core
+from dlmom_rs.knobs import as_json as _as_json
 from dlmom_rs.knobs import changed
 from dlmom_rs.results import Result, RunResult, StepEvent, result_of
 from dlmom_rs.sessions import Parts, Running, Stream, Turnstile
@@ -75,8 +77,11 @@ def _following(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         # The core derives these from alpha where they are not given.
         base["controller"].update(dict.fromkeys(_OF_ALPHA))
     link = changes.get("link")
-    if isinstance(link, Mapping) and link.get("support") == "packet":
-        base["link"]["message"] = "belief"  # consensus cannot merge embeddings
+    if isinstance(link, Mapping):
+        if link.get("support") == "packet":
+            base["link"]["message"] = "belief"  # consensus cannot merge embeddings
+        if link.get("message") == "logits" and "k" not in changes:
+            base["k"] = -1  # that is the whole vocabulary
     return base
 
 
@@ -93,8 +98,10 @@ class DeepLatentMoM:
         experts: Sequence[str],
         rows: int,
         options: Mapping[str, Any] | None = None,
+        seating: str | None = None,
     ) -> None:
         """Wrap a loaded engine; use :meth:`from_pretrained`."""
+        self._seating = seating or _core.seating("lockstep", len(experts))
         self._engine = engine
         self._rows = rows
         self._options = dict(options or {})
@@ -115,12 +122,18 @@ class DeepLatentMoM:
         deterministic: bool = False,
         fast: bool = False,
         attention: str | None = None,
+        topology: str | os.PathLike[str] = "lockstep",
     ) -> DeepLatentMoM:
         """Load experts: local folders, hub ids or ``zoo:NAME``, all of one vocabulary.
 
         ``batch_size`` rows of at most ``max_len`` positions (prompt and steps) run together. On a
         CPU a row's bits depend on neither its slot nor its mates unless ``fast`` gives that up.
         An expert named twice is loaded once and works as two.
+
+        ``topology`` is who the agents are and how they meet: ``lockstep`` (every expert is one),
+        another name of ``dlmom-rs list topologies`` (``sequential``: a Generalist thinks and hands
+        over to a Specialist), or a file of that form. Roles prompt their agents with their own
+        words, see ``dlmom-rs list prompts``.
 
         Raises ``ModelError`` for a folder, device or dtype that cannot be used and
         ``WeightsError`` for NaN or Inf weights.
@@ -130,10 +143,15 @@ class DeepLatentMoM:
         if isinstance(experts, str | os.PathLike):
             experts = [experts]
         names = [os.fspath(expert) for expert in experts]
+        seating = _core.seating(os.fspath(topology), len(names))
+        seats = [seat["expert"] for seat in json.loads(seating)["seats"]]
+        idle = sorted(set(range(len(names))) - set(seats))
+        if idle:
+            raise _core.ConfigError(f"topology: {names[idle[0]]} is nobody's model")
         models = list(dict.fromkeys(names))
         engine = Engine.load(
             models,
-            [models.index(name) for name in names],
+            [models.index(names[seat]) for seat in seats],
             device=device,
             dtype=dtype,
             slots=batch_size,
@@ -153,8 +171,9 @@ class DeepLatentMoM:
             "deterministic": deterministic,
             "fast": fast,
             "attention": attention,
+            "topology": os.fspath(topology),
         }
-        return cls(engine, names, batch_size, options)
+        return cls(engine, names, batch_size, options, seating)
 
     def __repr__(self) -> str:
         return f"DeepLatentMoM({self.experts!r})"
@@ -166,17 +185,33 @@ class DeepLatentMoM:
         information: dict[str, Any] = self._engine.info()
         return information
 
-    def default_config(self) -> dict[str, Any]:
+    def default_config(self, preset: str | None = None) -> dict[str, Any]:
         """The reference pipeline's loop configuration, a plain dictionary to change and pass on.
 
-        Its parts: ``k`` (entries of a packet), ``link`` (``message``: embed, belief or logits;
-        ``encoding``: f32, f16, bf16 or compact; ``support``: full or packet), ``controller``,
-        ``consensus``, ``noise``, ``sampling``, ``max_steps``, ``answer_reserve``, ``answer_cue``.
+        Its parts: ``k`` (entries of a packet), ``link`` (``message``: embed, belief, logits or
+        hidden; ``encoding``: f32, f16, bf16 or compact; ``support``: full or packet; ``align``),
+        ``controller``, ``consensus``, ``noise``, ``filter``, ``sampling``, ``max_steps``,
+        ``answer_reserve``, ``answer_cue``, ``triggers``, ``lock_text``, ``enter_signal``,
+        ``exit_signal``, ``ranks``, ``topology``, ``controls``.
+
+        ``preset`` is a published method's instead, by its name in ``dlmom-rs list presets``. A
+        knob of it that names a token which a model lacks is left out, with a UserWarning. Raises
+        ``ConfigError`` for an unknown preset and for one that needs another topology.
         """
         models = self.info["models"]
-        text = _core.loop_config(len(self.experts), len(models) == 1)
-        config: dict[str, Any] = json.loads(text)
+        text = _core.loop_config(self._seating, len(models) == 1, preset)
+        found: dict[str, Any] = json.loads(text)
+        config: dict[str, Any] = found["config"]
         config["k"] = min(config["k"], *(model["vocab"] for model in models))
+        for name in found["where_known"]:
+            known = config[name]
+            token = known["text"] if isinstance(known, Mapping) else known
+            source = {"kind": "text", "text": token}
+            if any(len(self._engine.encode(at, source)) != 1 for at in range(len(models))):
+                warnings.warn(
+                    f"{preset}: {name} is left out: {token!r} is not one token", stacklevel=2
+                )
+                config[name] = None
         return config
 
     @overload
@@ -288,13 +323,7 @@ class DeepLatentMoM:
         running = self._start(
             "a stream", [prompt], config=config, seed=seed, parts=parts, cancel=cancel
         )
-        cue = (config or {}).get("answer_cue")
-
-        def cue_bytes() -> bytes:
-            ids = self._engine.encode(0, {"kind": "text", "text": cue})
-            return b"".join(bytes(model["token_bytes"][i]) for i in ids)
-
-        return Stream(running, model, cue_bytes if cue else None, trace)
+        return Stream(running, model, trace)
 
     def run(
         self,
@@ -366,7 +395,7 @@ class DeepLatentMoM:
         jobs = [
             {
                 "key": {"item_id": str(index), "seed": int(seed), "sample": 0},
-                "prompts": [_source(prompt)] * len(self.experts),
+                "prompts": json.loads(_core.role_prompts(self._seating, _as_json(_source(prompt)))),
                 "trace": True,  # with it come the packets
             }
             for index, prompt in enumerate(prompts)

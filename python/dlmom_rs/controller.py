@@ -17,14 +17,22 @@ if TYPE_CHECKING:
 class ControllerKnobs(TypedDict, total=False):
     """Knobs of a controller; thresholds are in ``alpha_unit``, lengths in steps."""
 
-    gate: Literal["threshold", "trend", "always_latent", "always_explicit"]
-    """Rule: latent above ``alpha``; slope, mean and variance over ``w`` steps; or one mode."""
+    gate: Literal[
+        "threshold",
+        "trend",
+        "reference",
+        "latent_then_explicit",
+        "always_latent",
+        "always_explicit",
+    ]
+    """Rule: latent above ``alpha``; slope, mean and variance over ``w`` steps; against the entropy
+    of the block's first step; one latent block; or one mode."""
     w: int | None
     """Window of the trend gate, at least 2."""
     alpha: float
     """Entropy threshold, 0.60."""
-    alpha_unit: Literal["normalized", "nats"]
-    """Entropies divided by ``ln V``, or nats."""
+    alpha_unit: Literal["normalized", "nats", "quantile"]
+    """Entropies divided by ``ln V``, in nats, or as ranks among those of a pilot."""
     cap: int
     """Most switches, forced ones included, 10; -1 is unlimited, 0 explicit only."""
     min_dwell_latent: int
@@ -41,6 +49,9 @@ class ControllerKnobs(TypedDict, total=False):
     """Most latent steps, 40; explicit for good after them."""
     start: Literal["gate", "latent"]
     """What decides the first step."""
+    patience: int
+    """Entropies below ``alpha``, one after another, that end the block of ``latent_then_explicit``,
+    1."""
 
 
 class Controller:
@@ -66,12 +77,15 @@ class Controller:
             raise _named(error, given) from None
 
     def observe(
-        self, entropy: float, force: Literal["eos_certain", "answer_reserve"] | None = None
+        self,
+        entropy: float,
+        force: Literal["eos_certain", "answer_reserve", "locked", "terminated"] | None = None,
     ) -> Decision:
         """Decide the mode of the next step from the entropy of this one, in ``alpha_unit``.
 
         ``force`` says that explicit mode is due whatever the gate thinks: ``eos_certain`` (the end
-        of the sequence is certain) or ``answer_reserve`` (the steps left are for the answer).
+        of the sequence is certain), ``answer_reserve`` (the steps left are for the answer),
+        ``locked`` (the thinking has ended) or ``terminated`` (it was ended).
         Raises ValueError for an entropy that is not finite and for another ``force``.
         """
         return self._core.observe(float(entropy), force)

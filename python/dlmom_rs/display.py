@@ -102,12 +102,15 @@ class RichTimeline:
         self._console = console or Console(highlight=False)
         self._full = 1.0
         self._alpha: float | None = None
+        self._agent = 0
+        self._names: list[str] = []
         wide = self._console.width >= 100
         self._bar = 20 if wide else 12
 
     def start(self, payload: str) -> None:
         """Before the first step (``Header``)."""
         header: dict[str, Any] = json.loads(payload)
+        self._names = header["experts"]
         self._alpha = header["alpha"]
         self._full = header["full"]
         self._print(Text(header["title"], style="bold", overflow="ellipsis", no_wrap=True))
@@ -121,6 +124,9 @@ class RichTimeline:
     def step(self, payload: str) -> None:
         """A step (``Step``)."""
         step: dict[str, Any] = json.loads(payload)
+        if step["agent"] != self._agent:
+            self._agent = step["agent"]
+            self._print(Text(f"      \u2192 {self._names[self._agent]}", style="bold cyan"))
         style = _STYLES.get(step["mode"], "")
         line = Text(overflow="ellipsis", no_wrap=True)
         line.append(f"{step['step']:4d}", style="dim")
@@ -133,6 +139,8 @@ class RichTimeline:
             for text, p in step["top"]:
                 line.append(_visible(text), style="magenta")
                 line.append(f" {p:.2f}  ", style="dim")
+        elif step["injected"]:
+            line.append(f"a text of {step['injected']} tokens", style="dim italic")
         elif step["token"] is None:
             line.append("end", style="dim italic")
         else:

@@ -13,8 +13,16 @@ from dlmom_rs._core import ConfigError
 
 # Fields with this name choose among alternatives, and the fields beside them depend on the choice.
 _TAGS = ("kind", "method")
-_OPTIONAL = {"w", "convergence_threshold", "slope_eps", "var_eps", "answer_cue"}
-_TEXT = {"answer_cue"}
+_OPTIONAL = {
+    *("w", "convergence_threshold", "slope_eps", "var_eps", "answer_cue", "lock_text"),
+    *("spectral", "max_handoffs", "on_failure"),
+}
+_TEXT = {"answer_cue", "lock_text"}
+# Fields that are null, lists or records of their own; the core checks what is in them.
+_FREE = {
+    *("ranks", "triggers", "enter_signal", "exit_signal", "gate", "weights", "temperatures"),
+    *("roles", "groups"),
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -43,6 +51,15 @@ def plain(path: str, value: Any) -> Any:
             raise ConfigError(f"{path}: {value} is not a finite number")
         return float(value)
     raise ConfigError(f"{path}: {value!r} is neither a number nor text")
+
+
+def _free(path: str, value: Any) -> Any:
+    """``value`` as JSON has it, lists and records too."""
+    if isinstance(value, Mapping):
+        return {str(name): _free(f"{path}.{name}", part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_free(f"{path}[{place}]", part) for place, part in enumerate(value)]
+    return plain(path, value)
 
 
 def _checked(path: str, old: Any, value: Any) -> Any:
@@ -78,6 +95,9 @@ def changed(
         if key not in base:
             raise unknown(path, base)
         old = base[key]
+        if key in _FREE and within != "controller.":
+            merged[key] = _free(path, value)
+            continue
         if not isinstance(old, Mapping):
             merged[key] = _checked(path, old, value)
             continue
@@ -85,7 +105,7 @@ def changed(
             raise ConfigError(f"{path}: {value!r} is not a mapping of fields")
         tag = next((tag for tag in _TAGS if tag in old), None)
         if tag is not None and value.get(tag, old[tag]) != old[tag]:
-            merged[key] = {name: plain(f"{path}.{name}", part) for name, part in value.items()}
+            merged[key] = _free(path, value)
         else:
             merged[key] = changed(old, value, f"{path}.")
     return merged

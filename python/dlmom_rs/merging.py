@@ -5,42 +5,34 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from dlmom_rs import _core
-from dlmom_rs.knobs import as_json, nearest
+from dlmom_rs.knobs import as_json, nearest, unknown
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from torch import Tensor
 
-_METHODS = ("mean", "ties")
+_METHODS = ("arith", "best", "geo", "mean", "mixture", "poe", "ties")
+_OPTIONS = {
+    "theta", "eps", "center", "reference", "trim", "elect", "tie", "spectral", "weights",
+    "calibrate", "temperatures", "gate",
+}  # fmt: skip
+Method: TypeAlias = Literal["arith", "best", "geo", "mean", "mixture", "poe", "ties"]
 
 
 @overload
 def consensus(
-    logits: Tensor | Sequence[Tensor],
-    *,
-    method: Literal["ties", "mean"] = "ties",
-    theta: float = 0.1,
-    eps: float = 1e-6,
+    logits: Tensor | Sequence[Tensor], *, method: Method = "ties", seed: int = 0, **options: Any
 ) -> Tensor: ...
 @overload
 def consensus(
-    logits: npt.ArrayLike,
-    *,
-    method: Literal["ties", "mean"] = "ties",
-    theta: float = 0.1,
-    eps: float = 1e-6,
+    logits: npt.ArrayLike, *, method: Method = "ties", seed: int = 0, **options: Any
 ) -> npt.NDArray[np.float32]: ...
-def consensus(
-    logits: Any,
-    *,
-    method: Literal["ties", "mean"] = "ties",
-    theta: float = 0.1,
-    eps: float = 1e-6,
-) -> Any:
+def consensus(logits: Any, *, method: Method = "ties", seed: int = 0, **options: Any) -> Any:
     """Merge K experts' logits into one row of preferences, as the loop does.
 
     ``logits`` is [K, V], or a list of K arrays [V]: numpy arrays of any real dtype, or torch
@@ -48,37 +40,41 @@ def consensus(
     ``v = z - mean(z)``. The answer is [V] float32, a numpy array, or for tensors a CPU tensor
     (without a gradient). One expert's is its centred row.
 
-    ``ties`` sets entries below ``theta`` in absolute value to 0, elects the sign of the majority
-    at each token, and divides the sum of those that agree by their number plus ``eps``; a tie of
-    signs is 0 (DL-MoM paper, Appendix C). ``mean`` is the logarithmic opinion pool; it reads
-    neither ``theta`` nor ``eps``.
+    ``ties`` sets entries below ``theta`` (0.1) in absolute value to 0, elects the sign of the
+    majority at each token, and divides the sum of those that agree by their number plus ``eps``
+    (1e-6); a tie of signs is 0 (DL-MoM paper, Appendix C). ``mean`` (``geo``) is the logarithmic
+    opinion pool, ``arith`` the linear one, ``poe`` the product of experts, ``best`` the surest
+    expert, ``mixture`` one drawn by its weight from ``seed``. ``options`` are the other fields of
+    ``consensus`` in a suites file: ``center``, ``reference``, ``trim``, ``elect``, ``tie``,
+    ``spectral``, ``weights``, ``calibrate``, ``temperatures``, ``gate``; see docs/consensus.md.
 
     Raises ValueError for other shapes and for NaN or Inf, TypeError for other dtypes, and
-    :class:`dlmom_rs.ConfigError` for an unknown ``method`` and for ``theta`` or ``eps`` negative
-    or not finite.
+    :class:`dlmom_rs.ConfigError` for an unknown ``method`` or option, and for one that is out of
+    range or reaches nothing beside the others.
     """
     if method not in _METHODS:
         raise _core.ConfigError(
             f"consensus: unknown method {method!r}; {nearest(str(method), _METHODS)}"
         )
     spec: dict[str, Any] = {"method": method}
-    if method == "ties":
-        for name, value in (("theta", theta), ("eps", eps)):
-            if not math.isfinite(value):
-                raise _core.ConfigError(
-                    f"consensus: {name} is {value}; it must be a finite number of at least 0"
-                )
-            spec[name] = float(value)
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            raise unknown(f"consensus.{name}", _OPTIONS)
+        if isinstance(value, Real) and not math.isfinite(value):
+            raise _core.ConfigError(
+                f"consensus: {name} is {value}; it must be a finite number of at least 0"
+            )
+        spec[name] = float(value) if isinstance(value, Real) and name in ("theta", "eps") else value
     torch = sys.modules.get("torch")
     if torch is not None and _are_tensors(logits, torch.Tensor):
         rows = _tensor_rows(logits, torch)
         data, vocab = rows.numpy().astype("<f4", copy=False).tobytes(), rows.shape[1]
-        merged, _, _ = _core.consensus_core(data, vocab, as_json(spec))
+        merged, _, _ = _core.consensus_core(data, vocab, as_json(spec), seed)
         return torch.frombuffer(bytearray(merged), dtype=torch.float32)
     import numpy as np
 
     array = _array_rows(logits)
-    merged, _, _ = _core.consensus_core(array.tobytes(), array.shape[1], as_json(spec))
+    merged, _, _ = _core.consensus_core(array.tobytes(), array.shape[1], as_json(spec), seed)
     return np.frombuffer(merged, dtype="<f4").astype(np.float32)
 
 

@@ -21,12 +21,12 @@ class Result:
     """What came out of one prompt. Results are equal where everything but the time is."""
 
     text: str
-    """Printed text."""
+    """Printed text; in a chain, that of the agent that answered."""
     tokens: list[int]
     """Printed token ids; an end token is neither printed nor counted."""
     stop: str
     """How it ended: ``eos``, ``budget``, ``context``, or with an ``error``: ``nan_inf``,
-    ``prompt``, ``backend``."""
+    ``prompt``, ``backend``, ``handoffs`` (none was left, and somebody should have taken over)."""
     explicit_tokens: int
     """Printed tokens."""
     latent_steps: int
@@ -35,6 +35,11 @@ class Result:
     """Lengths of the latent segments, in order."""
     switches: int
     """Changes of mode."""
+    injected_tokens: int
+    """Tokens of injected texts, fed and not counted as printed."""
+    handoffs: list[dict[str, Any]]
+    """Where control passed from one agent of a chain to another, in order: ``step``, ``from``,
+    ``to``, ``trigger``, ``payload``, ``positions``, ``bytes``."""
     prompt_tokens: list[int]
     """Prompt tokens, by expert."""
     forward_tokens: list[int]
@@ -49,7 +54,12 @@ class Result:
     topk_mass: float | None
     """Mean mass of the packets before renormalisation; None without latent steps."""
     noise_kl: float | None
-    """Mean KL of the noise in nats; None without latent steps."""
+    """Mean KL of filter, noise and control in nats; None without latent steps, and where what was
+    fed has tokens that the packet lacks."""
+    noise_js: float | None
+    """Mean Jensen-Shannon divergence of the same, nats; None without latent steps."""
+    agreement: float | None
+    """Share of steps in which the experts have one most probable token; None for one expert."""
     latency_s: float = field(compare=False)
     """Seconds from admission to the last step."""
     vocab: int
@@ -96,14 +106,21 @@ class StepEvent:
     """Entropy of the merged distribution in nats."""
     mass: float
     """Mass of the k most probable tokens of the merged distribution."""
-    noise_kl: float
-    """KL of the noise on the packet in nats; 0 in explicit steps."""
+    noise_kl: float | None
+    """KL of filter, noise and control on the packet in nats; 0 in explicit steps, None where what
+    was fed has tokens that the packet lacks."""
+    noise_js: float
+    """Jensen-Shannon divergence of the same, nats."""
+    agent: int
+    """Place of the agent in control, in a chain; 0 elsewhere."""
     token: int | None
-    """The printed token; None in latent steps, for an end token, and where a cue is fed."""
+    """The printed token; None in latent steps, for an end token, and where a text is injected."""
+    injected_tokens: int
+    """Tokens of an injected text, fed in place of a printed one."""
     text: str
     """What can be printed now. A character whose bytes are spread over tokens comes with its last,
     so the texts of all events join to :attr:`Result.text` (but for a character that a failure cut
-    short)."""
+    short); in a chain, those of the agent that answered."""
     top_ids: list[int]
     """Up to 5 most probable ids, of the packet in latent steps, else of the merged distribution."""
     top_probs: list[float]
@@ -137,7 +154,9 @@ class RunResult:
         return read_run(self.path, table, text=text)
 
 
-_OUTCOME = frozenset(Result.__dataclass_fields__) - {"vocab", "fingerprint", "packets", "trace"}
+_OUTCOME = frozenset(Result.__dataclass_fields__) - {
+    *("vocab", "fingerprint", "packets", "trace", "handoffs"),
+}
 _EVENT = frozenset(StepEvent.__dataclass_fields__) - {"text", "packet"}
 
 
@@ -150,6 +169,7 @@ def result_of(
     """The result of the core's outcome; ``model`` is the engine's information on the first."""
     return Result(
         **{name: outcome[name] for name in _OUTCOME},
+        handoffs=outcome["handoff_log"],
         vocab=model["vocab"],
         fingerprint=model["fingerprint"],
         trace=outcome["trace"] if trace else None,

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -165,13 +165,12 @@ class Stream(Iterator[StepEvent]):
         self,
         running: Running,
         model: Mapping[str, Any],
-        cue: Callable[[], bytes] | None,
         trace: bool,
     ) -> None:
         self._running: Running | None = running
         self._model = model
-        self._cue = cue
         self._trace = trace
+        self._agent = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._ready: deque[StepEvent] = deque()
         self._result: Result | None = None
@@ -246,7 +245,7 @@ class Stream(Iterator[StepEvent]):
     def _turn(self, running: Running) -> None:
         more, events, finished = running.turn(True)
         steps = [(json.loads(event), packet) for event, packet in events]
-        texts = [self._decoder.decode(self._bytes(event)) for event, _ in steps]
+        texts = [self._text(event) for event, _ in steps]
         if finished and texts:
             texts[-1] += self._decoder.decode(b"", final=True)
         self._ready.extend(
@@ -258,9 +257,9 @@ class Stream(Iterator[StepEvent]):
         if finished or not more:
             self._end()
 
-    def _bytes(self, event: Mapping[str, Any]) -> bytes:
-        """What a step prints."""
-        if event["token"] is not None:
-            return bytes(event["bytes_of_token"] or ())
-        due = event["switched"] and event["reason"] == "latent_budget"
-        return self._cue() if due and self._cue is not None else b""
+    def _text(self, event: Mapping[str, Any]) -> str:
+        """What a step prints. Agents of a chain do not share characters."""
+        if event["agent"] != self._agent:
+            self._agent = event["agent"]
+            self._decoder.reset()
+        return self._decoder.decode(bytes(event["printed"]))

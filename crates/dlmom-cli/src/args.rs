@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dlmom_core::AlphaUnit;
-use dlmom_runtime::{Support, WireEncoding};
+use dlmom_core::{AlphaUnit, Gate};
+use dlmom_runtime::{Handoff, Support, WireEncoding};
 
+use crate::calibrate::CalibrateArgs;
+use crate::compare::CompareArgs;
 use crate::completions::CompletionsArgs;
 use crate::doctor::DoctorArgs;
 use crate::generate::GenerateArgs;
@@ -40,6 +42,10 @@ pub enum Command {
     Aggregate(AggregateArgs),
     /// Draw the figures of a run from its raw files.
     Plot(PlotArgs),
+    /// Compare cells over shared samples, of one run or of two.
+    Compare(CompareArgs),
+    /// Find the Dirichlet concentration whose noise has a given strength.
+    Calibrate(Box<CalibrateArgs>),
     /// Answer a prompt and show how the experts came to it.
     Generate(Box<GenerateArgs>),
     /// Print one recorded sample's timeline.
@@ -108,6 +114,36 @@ pub enum DisplayKind {
     None,
 }
 
+/// Rule of the controller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GateWord {
+    /// Latent where the entropy is above alpha.
+    Threshold,
+    /// Slope, mean and variance of the last w entropies.
+    Trend,
+    /// The entropy against that of the block's first step.
+    Reference,
+    /// One latent block, left for good.
+    LatentThenExplicit,
+    /// Latent until the latent budget is spent.
+    AlwaysLatent,
+    /// Never latent.
+    AlwaysExplicit,
+}
+
+impl From<GateWord> for Gate {
+    fn from(word: GateWord) -> Self {
+        match word {
+            GateWord::Threshold => Self::Threshold,
+            GateWord::Trend => Self::Trend,
+            GateWord::Reference => Self::Reference,
+            GateWord::LatentThenExplicit => Self::LatentThenExplicit,
+            GateWord::AlwaysLatent => Self::AlwaysLatent,
+            GateWord::AlwaysExplicit => Self::AlwaysExplicit,
+        }
+    }
+}
+
 /// Order in which items are worked on; no output depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Order {
@@ -130,20 +166,26 @@ pub enum BatchSize {
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// Suites to run, in the order baselines, REF, A1, A2, A3, A4.
-    #[arg(long, num_args = 1.., required_unless_present = "only", value_name = "SUITE")]
+    #[arg(long, num_args = 1.., required_unless_present_any = ["only", "preset"], value_name = "SUITE")]
     pub suite: Vec<String>,
     /// Only these cells of the suites (REF always runs).
     #[arg(long, num_args = 1.., value_name = "ID")]
     pub only: Vec<String>,
-    /// Suites file instead of the built-in one.
+    /// Published methods, each a cell of its own beside those of the suites (`list presets`).
+    #[arg(long, num_args = 1.., value_name = "NAME")]
+    pub preset: Vec<String>,
+    /// Suites file instead of the built-in ones.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Experts of a lockstep ensemble: local paths, hub ids or zoo:NAME.
+    /// Experts of an ensemble: local paths, hub ids or zoo:NAME.
     #[arg(long, num_args = 1.., value_name = "MODEL", required_unless_present = "model", conflicts_with = "model")]
     pub experts: Vec<String>,
-    /// A single model: local path, hub id or zoo:NAME.
+    /// A single model for every agent: local path, hub id or zoo:NAME.
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
+    /// Who the agents are and how they meet: a name (`list topologies`) or a file [default: sequential with --model, lockstep with --experts].
+    #[arg(long, value_name = "NAME|FILE")]
+    pub topology: Option<String>,
     /// Benchmark: tinygsm, tinycode or tinymc, or gsm8k:PATH, humaneval:PATH or arc:PATH for a JSONL file.
     #[arg(long, value_name = "BENCH")]
     pub bench: String,
@@ -171,9 +213,12 @@ pub struct RunArgs {
     /// Most latent steps of a sample.
     #[arg(long, value_name = "N")]
     pub max_latent_steps: Option<u32>,
-    /// Most handoffs between agents (sequential topology, not built yet).
+    /// Most handoffs of a sample, in a sequential topology [default: the length of the chain less one].
     #[arg(long, value_name = "N")]
     pub max_handoffs: Option<u32>,
+    /// What an agent hands to the next, in a sequential topology, for every cell that does not say.
+    #[arg(long, value_parser = handoff, value_name = "transcript|text|kv")]
+    pub handoff: Option<Handoff>,
     /// Cap on mode switches for cells that name none; -1 is unlimited.
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub max_switches: Option<i64>,
@@ -192,9 +237,15 @@ pub struct RunArgs {
     /// Entropy threshold for every cell that names none.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub alpha: Option<f64>,
-    /// Unit of alpha.
-    #[arg(long, value_parser = alpha_unit, value_name = "normalized|nats")]
+    /// Unit of alpha; quantile ranks entropies among those of a pilot of the reference pipeline.
+    #[arg(long, value_parser = alpha_unit, value_name = "normalized|nats|quantile")]
     pub alpha_unit: Option<AlphaUnit>,
+    /// Items of the pilot, taken from those that are not run where there are enough.
+    #[arg(long, default_value_t = 32, value_name = "N")]
+    pub pilot_items: usize,
+    /// Items per cell whose drift from the reference pipeline is measured.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub drift: usize,
     /// How packets and whole-vocabulary messages are written, for every cell that does not say.
     #[arg(long, value_parser = encoding, value_name = "f32|f16|bf16|compact")]
     pub encoding: Option<WireEncoding>,
@@ -296,7 +347,16 @@ pub(crate) fn alpha_unit(text: &str) -> Result<AlphaUnit, String> {
     match text {
         "normalized" => Ok(AlphaUnit::Normalized),
         "nats" => Ok(AlphaUnit::Nats),
-        "quantile" => Err("quantile is not built yet; give normalized or nats".into()),
-        _ => Err("give normalized or nats".into()),
+        "quantile" => Ok(AlphaUnit::Quantile),
+        _ => Err("give normalized, nats or quantile".into()),
+    }
+}
+
+pub(crate) fn handoff(text: &str) -> Result<Handoff, String> {
+    match text {
+        "transcript" => Ok(Handoff::Transcript),
+        "text" => Ok(Handoff::Text),
+        "kv" => Ok(Handoff::Kv),
+        _ => Err("give transcript, text or kv".into()),
     }
 }

@@ -5,32 +5,24 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use dlmom_core::{AlphaUnit, Gate, NoiseSpec, SamplingSpec};
-use dlmom_runs::{Answer, JsonlWriter, Overrides, REF, Registry, Setting, TraceLine};
+use dlmom_core::{AlphaUnit, Gate};
+use dlmom_runs::{
+    Answer, CellKind, Comm, Experiment, JsonlWriter, Overrides, PRESETS, Placement, Preset, REF,
+    Registry, Seating, Setting, SoftMode, TraceLine,
+};
 use dlmom_runtime::{
-    AgentId, Backend, BackendError, EnsembleInfo, Job, JobKey, LinkMessage, LoopConfig,
-    MemoryStats, Message, ModelInfo, Outcome, PromptSource, RunOptions, Sink, StepEvent, Stop,
-    Support, WireEncoding, check_vocabularies, run,
+    AgentId, Backend, BackendError, EnsembleInfo, Handoff, HandoffRecord, Job, JobKey, LoopConfig,
+    MemoryStats, Message, Outcome, PromptSource, RunOptions, Sink, StepEvent, Stop, Support,
+    WireEncoding, check_config, run,
 };
 
-use crate::args::{Device, Dtype, alpha_unit, encoding, support};
+use crate::args::{Device, Dtype, GateWord, alpha_unit, encoding, handoff, support};
 use crate::host::{EngineSpec, Host, HostError};
-use crate::prepare::models_and_agents;
+use crate::prepare::{
+    models_and_agents, positions, preset_topology, seat, setting, without_unknown,
+};
 use crate::status::{CliError, ExitStatus};
 use crate::timeline::{Footer, Growing, Header, Plain, Step, Timeline};
-
-/// Rule of the controller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum GateKind {
-    /// Latent where the entropy is above alpha.
-    Threshold,
-    /// Slope, mean and variance over a window.
-    Trend,
-    /// Latent until the latent budget is spent.
-    AlwaysLatent,
-    /// Never latent.
-    AlwaysExplicit,
-}
 
 /// What crosses a link in latent steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -41,6 +33,8 @@ pub enum MessageKind {
     Belief,
     /// The whole vocabulary's distribution.
     Logits,
+    /// The last hidden state, for agents of one model that move one at a time.
+    Hidden,
 }
 
 /// Arguments of `generate`.
@@ -52,6 +46,12 @@ pub struct GenerateArgs {
     /// A single model: local path, hub id or zoo:NAME.
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
+    /// Who the agents are and how they meet: a name (`list topologies`) or a file [default: sequential with --model, lockstep with --experts].
+    #[arg(long, value_name = "NAME|FILE")]
+    pub topology: Option<String>,
+    /// A published method's knobs (`list presets`); what the command line says wins over them.
+    #[arg(long, value_name = "NAME")]
+    pub preset: Option<String>,
     /// The prompt; - reads it from standard input.
     #[arg(long, value_name = "TEXT", required_unless_present = "chat")]
     pub prompt: Option<String>,
@@ -94,12 +94,18 @@ pub struct GenerateArgs {
     /// Most latent steps.
     #[arg(long, value_name = "N")]
     pub max_latent_steps: Option<u32>,
+    /// Most handoffs, in a sequential topology [default: the length of the chain less one].
+    #[arg(long, value_name = "N")]
+    pub max_handoffs: Option<u32>,
+    /// What an agent hands to the next, in a sequential topology.
+    #[arg(long, value_parser = handoff, value_name = "transcript|text|kv")]
+    pub handoff: Option<Handoff>,
     /// Cap on mode switches; -1 is unlimited.
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub max_switches: Option<i64>,
-    /// Rule of the controller.
-    #[arg(long, value_enum, default_value_t = GateKind::Threshold)]
-    pub gate: GateKind,
+    /// Rule of the controller [default: threshold].
+    #[arg(long, value_enum)]
+    pub gate: Option<GateWord>,
     /// Window of the trend gate in steps [default: 5].
     #[arg(long, value_name = "N")]
     pub w: Option<u32>,
@@ -127,22 +133,29 @@ pub struct GenerateArgs {
     /// Dirichlet noise on packets, with this concentration.
     #[arg(long, value_name = "LAMBDA")]
     pub dirichlet: Option<f64>,
-    /// Temperature of printed tokens; 0 is greedy.
-    #[arg(long, default_value_t = 0.0, value_name = "T")]
-    pub temperature: f64,
-    /// Keep the N most probable tokens; 0 keeps all.
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    pub top_k: u32,
-    /// Keep the most probable tokens up to this mass.
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
-    pub top_p: f64,
-    /// Keep tokens with at least this share of the largest probability.
-    #[arg(long, default_value_t = 0.0, value_name = "P")]
-    pub min_p: f64,
+    /// Temperature of printed tokens; 0 is greedy [default: 0].
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: Option<f64>,
+    /// Keep the N most probable tokens; 0 keeps all [default: 0].
+    #[arg(long, value_name = "N")]
+    pub top_k: Option<u32>,
+    /// Keep the most probable tokens up to this mass [default: 1].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f64>,
+    /// Keep tokens with at least this share of the largest probability [default: 0].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub min_p: Option<f64>,
+    /// Log-probabilities of tokens printed before are multiplied by this, at least 1 [default: 1].
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f64>,
 }
 
-/// The reference pipeline with the knobs of the command line.
-fn config(args: &GenerateArgs, setting: Setting) -> Result<LoopConfig, CliError> {
+/// The reference pipeline, or a preset, with the knobs of the command line.
+fn experiment(
+    args: &GenerateArgs,
+    preset: Option<&Preset>,
+    setting: &Setting,
+) -> Result<Experiment, CliError> {
     let overrides = Overrides {
         alpha: args.alpha,
         alpha_unit: args.alpha_unit,
@@ -152,44 +165,86 @@ fn config(args: &GenerateArgs, setting: Setting) -> Result<LoopConfig, CliError>
         k: args.k,
         encoding: args.encoding,
         support: args.support,
-        sampling: Some(SamplingSpec {
-            temperature: args.temperature,
-            top_k: args.top_k,
-            top_p: args.top_p,
-            min_p: args.min_p,
-        }),
+        handoff: args.handoff,
+        max_handoffs: args.max_handoffs,
+        gate: args.gate.map(Gate::from),
+        w: args.w.or((args.gate == Some(GateWord::Trend)).then_some(5)),
         ..Overrides::default()
     };
-    let suites = ["A1".to_owned()];
-    let plan = Registry::builtin()?.expand(&suites, &[REF.to_owned()], setting, &overrides)?;
-    let mut config = plan
-        .runs()
-        .next()
-        .ok_or_else(|| CliError::Failed("the reference pipeline is missing".into()))?
-        .loop_config()?;
-    config.controller.gate = match args.gate {
-        GateKind::Threshold => Gate::Threshold,
-        GateKind::Trend => Gate::Trend,
-        GateKind::AlwaysLatent => Gate::AlwaysLatent,
-        GateKind::AlwaysExplicit => Gate::AlwaysExplicit,
+    let mut registry = Registry::builtin()?;
+    let (suite, id) = match preset {
+        None => ("A1", REF),
+        Some(preset) => {
+            registry.add(PRESETS, vec![preset.cell()]);
+            (PRESETS, preset.name.as_str())
+        }
     };
-    config.controller.w = args.w.or((args.gate == GateKind::Trend).then_some(5));
+    let plan = registry.expand(&[suite.to_owned()], &[id.to_owned()], setting, &overrides)?;
+    let cell = plan
+        .cells
+        .into_iter()
+        .find(|cell| cell.experiment.id == id)
+        .ok_or_else(|| CliError::Failed(format!("{id} is missing")))?;
+    if let CellKind::Skip { reason } = cell.kind {
+        return Err(CliError::Usage(format!("{id}: {reason}")));
+    }
+    let mut experiment = cell.experiment;
+    // A preset is a cell, whose own knobs win over the command line of a run. Here the command line is the last word.
+    experiment.gate = args.gate.map_or(experiment.gate, Gate::from);
+    experiment.alpha = args.alpha.unwrap_or(experiment.alpha);
+    experiment.alpha_unit = args.alpha_unit.unwrap_or(experiment.alpha_unit);
+    experiment.cap = args.max_switches.unwrap_or(experiment.cap);
+    experiment.max_latent_steps = args.max_latent_steps.unwrap_or(experiment.max_latent_steps);
+    experiment.k = args.k.unwrap_or(experiment.k);
+    experiment.encoding = args.encoding.unwrap_or(experiment.encoding);
+    experiment.support = args.support.unwrap_or(experiment.support);
+    experiment.handoff = args.handoff.or(experiment.handoff);
+    experiment.max_handoffs = args.max_handoffs.or(experiment.max_handoffs);
+    experiment.w = args
+        .w
+        .or(experiment.w)
+        .or((experiment.gate == Gate::Trend).then_some(5));
     if let Some(message) = args.message {
-        config.link.message = match message {
-            MessageKind::Embed => LinkMessage::Embed,
-            MessageKind::Belief => LinkMessage::Belief,
-            MessageKind::Logits => LinkMessage::Logits,
+        experiment.comm = match message {
+            MessageKind::Embed => Comm::Embed,
+            MessageKind::Belief => Comm::Belief,
+            MessageKind::Logits => Comm::Logits,
+            MessageKind::Hidden => Comm::Hidden,
         };
         if message == MessageKind::Logits && args.k.is_none() {
-            config.k = -1;
+            experiment.k = -1;
         }
     }
     if let Some(tau) = args.gumbel {
-        config.noise = NoiseSpec::Gumbel { tau };
+        experiment.soft_mode = SoftMode::Gumbel;
+        experiment.tau = Some(tau);
     } else if let Some(lambda) = args.dirichlet {
-        config.noise = NoiseSpec::Dirichlet { lambda };
+        experiment.soft_mode = SoftMode::Dirichlet;
+        experiment.lambda = Some(lambda);
     }
+    let sampling = &mut experiment.sampling;
+    sampling.temperature = args.temperature.unwrap_or(sampling.temperature);
+    sampling.top_k = args.top_k.unwrap_or(sampling.top_k);
+    sampling.top_p = args.top_p.unwrap_or(sampling.top_p);
+    sampling.min_p = args.min_p.unwrap_or(sampling.min_p);
+    sampling.repetition_penalty = args
+        .repetition_penalty
+        .unwrap_or(sampling.repetition_penalty);
+    Ok(experiment)
+}
+
+fn config(experiment: &Experiment, seating: &Seating) -> Result<LoopConfig, CliError> {
+    if experiment.alpha_unit == AlphaUnit::Quantile {
+        return Err(CliError::Usage(
+            "--alpha-unit quantile: ranks entropies among those of a run's pilot, and one prompt has none; give alpha in nats or normalized".into(),
+        ));
+    }
+    let config = experiment.loop_config(&Placement {
+        topology: seating.topology.clone(),
+        pilot: None,
+    })?;
     config.validate(None)?;
+    config.validate_agents(seating.seats.len())?;
     Ok(config)
 }
 
@@ -222,15 +277,12 @@ pub(crate) fn command(
         return Err(CliError::Usage("--threads: give at least 1".into()));
     }
     let first = prompt(args)?;
-    let experts = match &args.model {
-        Some(model) => vec![model.clone()],
-        None => args.experts.clone(),
-    };
-    let setting = Setting {
-        shared_model: experts.iter().all(|e| *e == experts[0]),
-        experts: experts.len(),
-    };
-    let mut config = config(args, setting)?;
+    let preset = args.preset.as_deref().map(Preset::named).transpose()?;
+    let topology = preset_topology(preset.as_slice(), args.topology.as_deref())?;
+    let (experts, seating) = seat(&args.experts, args.model.as_ref(), topology)?;
+    let setting = setting(&experts, &seating);
+    let mut experiment = experiment(args, preset.as_ref(), &setting)?;
+    config(&experiment, &seating)?;
     let mut traces = match &args.save_trace {
         None => None,
         Some(path) => Some(
@@ -239,7 +291,7 @@ pub(crate) fn command(
                 .0,
         ),
     };
-    let (models, agents) = models_and_agents(&experts);
+    let (models, agents) = models_and_agents(&experts, &seating);
     let spec = EngineSpec {
         experts: models,
         agents,
@@ -256,13 +308,21 @@ pub(crate) fn command(
         HostError::NeedsPython(_) => HostError::NeedsPython("generate"),
         other => other,
     })?;
-    check_vocabularies(backend.info())?;
-    let vocab = backend.info().model_of(AgentId(0)).map_or(0, |m| m.vocab);
-    // A packet of a small vocabulary is all of it; only what was asked for is an error.
-    if args.k.is_none() && config.k > i64::from(vocab) {
-        config.k = i64::from(vocab);
+    if let Some(preset) = &preset {
+        for line in without_unknown(preset, &mut experiment, &mut *backend)? {
+            writeln!(err, "note: {line}")?;
+        }
     }
-    config.validate(Some(vocab))?;
+    let vocab = backend.info().models.iter().map(|m| m.vocab).min();
+    // A packet of a small vocabulary is all of it; only what was asked for is an error.
+    if let Some(vocab) = vocab.map(i64::from)
+        && args.k.is_none()
+        && experiment.k > vocab
+    {
+        experiment.k = vocab;
+    }
+    let config = config(&experiment, &seating)?;
+    check_config(&config, backend.info())?;
 
     let mut messages: Vec<Message> = Vec::new();
     if let Some(system) = &args.system {
@@ -280,7 +340,7 @@ pub(crate) fn command(
         let outcome = ask(
             args,
             &config,
-            &experts,
+            &seating,
             &messages,
             &mut *backend,
             host,
@@ -351,7 +411,7 @@ fn failure(outcome: &Outcome) -> Option<String> {
                 .clone()
                 .unwrap_or_else(|| "the sample failed".into()),
         ),
-        Stop::Eos | Stop::Budget | Stop::Context => None,
+        Stop::Eos | Stop::Budget | Stop::Context | Stop::Handoffs => None,
     }
 }
 
@@ -362,7 +422,7 @@ fn failure(outcome: &Outcome) -> Option<String> {
 fn ask(
     args: &GenerateArgs,
     config: &LoopConfig,
-    experts: &[String],
+    seating: &Seating,
     messages: &[Message],
     backend: &mut dyn Backend,
     host: &mut dyn Host,
@@ -373,11 +433,12 @@ fn ask(
     let source = PromptSource::Chat {
         messages: messages.to_vec(),
     };
+    let prompts = seating.prompts(&source);
     let mut longest = 0;
-    for &model in &info.agents {
+    for (&model, source) in info.agents.iter().zip(&prompts) {
         let model_info = &info.models[model.index()];
         let length = backend
-            .encode(model, &source)
+            .encode(model, source)
             .map_err(|e| match e {
                 BackendError::Invalid(what) => CliError::Usage(format!("--prompt: {what}")),
                 other => other.into(),
@@ -393,13 +454,14 @@ fn ask(
         longest = longest.max(length);
     }
     let context = info.models.iter().filter_map(|m| m.context).min();
-    let wanted = longest.saturating_add(config.max_steps);
+    let wanted = positions(backend, config, longest)?;
     backend.reserve(1, wanted.min(context.unwrap_or(u32::MAX)))?;
     let first = info.model_of(AgentId(0)).cloned().unwrap_or_default();
     let names = info
         .agents
         .iter()
-        .map(|m| info.models[m.index()].name.clone())
+        .zip(&seating.seats)
+        .map(|(m, seat)| named(&info.models[m.index()].name, seat.role.as_deref()))
         .collect();
     let title = messages.last().map_or("", |m| m.content.as_str());
     let title: String = title.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -420,7 +482,10 @@ fn ask(
             None => Shape::Text(&mut *out),
         },
         host,
-        model: &first,
+        speaker: config
+            .topology
+            .chain()
+            .map(|chain| chain.limit().min(chain.roles.len() as u32 - 1)),
         growing: Growing::default(),
         outcome: None,
         printed: false,
@@ -433,8 +498,11 @@ fn ask(
             seed: args.seed,
             sample: 0,
         },
-        prompts: vec![source; info.agents.len()],
+        prompts,
         trace: true,
+        config: 0,
+        schedule: None,
+        rival: None,
     };
     let options = RunOptions {
         max_failures: 1,
@@ -467,24 +535,39 @@ fn ask(
     if !args.json && !args.trace {
         writeln!(out)?;
         if std::io::stderr().is_terminal() {
-            writeln!(err, "{}", facts(&outcome, experts).join("\n"))?;
+            writeln!(err, "{}", facts(&outcome, info.agents.len()).join("\n"))?;
         }
     }
     Ok(outcome)
 }
 
-fn facts(outcome: &Outcome, experts: &[String]) -> Vec<String> {
+/// An agent's model, with its role where it has one.
+pub(crate) fn named(model: &str, role: Option<&str>) -> String {
+    role.map_or_else(|| model.to_owned(), |role| format!("{model} ({role})"))
+}
+
+/// One handoff in words.
+pub(crate) fn handoff_words(record: &HandoffRecord) -> String {
+    format!(
+        "agent {} to {} ({}): {} of {} positions, {} bytes",
+        record.from,
+        record.to,
+        record.trigger.as_str().replace('_', " "),
+        record.payload.as_str(),
+        record.positions,
+        record.bytes
+    )
+}
+
+fn facts(outcome: &Outcome, agents: usize) -> Vec<String> {
     let end = match outcome.stop {
         Stop::Eos => "ended by itself",
         Stop::Budget => "out of steps",
         Stop::Context => "out of context",
+        Stop::Handoffs => "out of handoffs",
         Stop::NanInf | Stop::Prompt | Stop::Backend => "failed",
     };
-    let link = if experts.len() == 1 {
-        " (loopback)"
-    } else {
-        ""
-    };
+    let link = if agents == 1 { " (loopback)" } else { "" };
     let mut facts = vec![format!(
         "{} steps: {} latent, {} printed; {} switches; {end}",
         outcome.total_steps(),
@@ -496,6 +579,12 @@ fn facts(outcome: &Outcome, experts: &[String]) -> Vec<String> {
         "link{link}: {} bytes up, {} bytes down; {:.2} s",
         outcome.uplink_bytes, outcome.downlink_bytes, outcome.latency_s
     ));
+    facts.extend(
+        outcome
+            .handoff_log
+            .iter()
+            .map(|record| format!("handoff: {}", handoff_words(record))),
+    );
     facts.extend(outcome.error.clone());
     facts
 }
@@ -511,7 +600,8 @@ enum Shape<'a> {
 struct View<'a> {
     shape: Shape<'a>,
     host: &'a mut dyn Host,
-    model: &'a ModelInfo,
+    /// Place of the agent that answers, in a chain; what others print is notes.
+    speaker: Option<u32>,
     growing: Growing,
     outcome: Option<Outcome>,
     printed: bool,
@@ -553,10 +643,9 @@ impl Sink for View<'_> {
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let rest = self.growing.finish();
         self.print(&rest);
-        let experts: Vec<String> = info.agents.iter().map(ToString::to_string).collect();
         let footer = Footer {
             text: outcome.text.clone(),
-            facts: facts(&outcome, &experts),
+            facts: facts(&outcome, info.agents.len()),
         };
         if let Some(view) = self.timeline() {
             view.finish(&footer);
@@ -566,9 +655,11 @@ impl Sink for View<'_> {
     }
 
     fn step(&mut self, event: &StepEvent<'_>) {
-        if let Some(token) = event.token {
-            let text = self.growing.push(self.model, token);
-            self.print(&text);
+        if self.speaker.is_none_or(|speaker| speaker == event.agent) {
+            for &token in event.token.iter().chain(event.injected) {
+                let text = self.growing.push(event.model, token);
+                self.print(&text);
+            }
         }
         let step = Step::of_event(event);
         if let Some(view) = self.timeline() {

@@ -2,14 +2,18 @@
 
 pub mod args;
 mod build;
+mod calibrate;
+mod compare;
 mod completions;
 pub mod display;
 mod doctor;
+mod drift;
 mod generate;
 pub mod host;
 mod list;
 mod mock;
 mod packet;
+mod pilot;
 mod prepare;
 mod probe;
 mod replay;
@@ -47,6 +51,8 @@ pub fn run(
         Command::Run(args) => run::command(args, argv, host, out, err),
         Command::Aggregate(args) => tables::aggregate(args, out, err),
         Command::Plot(args) => tables::plot(args, host, out),
+        Command::Compare(args) => compare::command(args, out, err),
+        Command::Calibrate(args) => calibrate::command(args, host, out, err),
         Command::Generate(args) => generate::command(args, host, out, err),
         Command::Show(args) => show::command(args, host, out),
         Command::Replay(args) => replay::command(args, out),

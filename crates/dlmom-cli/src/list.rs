@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 use dlmom_eval::{BenchInfo, BenchSpec};
-use dlmom_runs::{CellKind, Overrides, Plan, PlannedCell, Registry, Setting};
+use dlmom_runs::topologies::{builtin, prompts};
+use dlmom_runs::{CellKind, Overrides, Plan, PlannedCell, Preset, Registry, Setting};
+use dlmom_runtime::{Handoff, Role, Sequential, Topology};
 use serde_json::{Map, Value, json};
 
 use crate::host::Host;
@@ -23,27 +25,49 @@ pub enum What {
     Benches,
     /// Experts shipped with the Python package.
     Experts,
-    /// Named settings.
+    /// Published methods, for --preset.
     Presets,
+    /// Who the agents are and how they meet, for --topology.
+    Topologies,
+    /// Role prompts that topology files name.
+    Prompts,
     /// All of these in brief.
     All,
 }
 
-/// How many models the agents are.
+/// How many models the agents are, and how they meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Agents {
-    /// Two agents of one model.
+    /// Two agents of one model in lockstep.
     OneModel,
-    /// Two agents of different models.
+    /// Two agents of different models in lockstep.
     SeveralModels,
+    /// Two agents of one model, one after the other.
+    Chain,
 }
 
 impl Agents {
+    pub(crate) const ALL: [(Self, &'static str); 3] = [
+        (Self::OneModel, "one model"),
+        (Self::SeveralModels, "several models"),
+        (Self::Chain, "a chain"),
+    ];
+
     pub(crate) fn setting(self) -> Setting {
-        Setting {
-            shared_model: self == Self::OneModel,
-            experts: 2,
+        let lockstep = Setting::lockstep(2, self != Self::SeveralModels);
+        if self == Self::Chain {
+            let roles = ["generalist", "specialist"].map(Role::named).to_vec();
+            return Setting {
+                topology: Topology::Sequential(Sequential {
+                    roles,
+                    handoff: Handoff::default(),
+                    max_handoffs: None,
+                    on_failure: None,
+                }),
+                ..lockstep
+            };
         }
+        lockstep
     }
 }
 
@@ -77,7 +101,7 @@ pub(crate) fn command(
         None => Registry::builtin()?,
     };
     let setting = args.agents.setting();
-    let plan = registry.expand(&args.suite, &[], setting, &Overrides::default())?;
+    let plan = registry.expand(&args.suite, &[], &setting, &Overrides::default())?;
     if args.json {
         let value = json_of(args.what, &plan, host)?;
         let text =
@@ -91,6 +115,8 @@ pub(crate) fn command(
         What::Benches => benches(out)?,
         What::Experts => experts(host, out)?,
         What::Presets => presets(out)?,
+        What::Topologies => topologies(out)?,
+        What::Prompts => role_prompts(out)?,
         What::All => {
             writeln!(out, "suites (`list experiments` shows their fields)")?;
             suites(&plan, out)?;
@@ -100,6 +126,8 @@ pub(crate) fn command(
             experts(host, out)?;
             writeln!(out, "\npresets")?;
             presets(out)?;
+            writeln!(out, "\ntopologies")?;
+            topologies(out)?;
         }
     }
     Ok(ExitStatus::Success)
@@ -133,8 +161,8 @@ fn fate(cell: &PlannedCell) -> String {
     match &cell.kind {
         CellKind::Alias { of } => format!("same as {of}"),
         CellKind::Skip { reason } => format!("skipped: {reason}"),
-        CellKind::Run => match cell.experiment.loop_config() {
-            Ok(_) => String::new(),
+        CellKind::Run => match cell.experiment.supported() {
+            Ok(()) => String::new(),
             Err(missing) => {
                 let text = missing.to_string();
                 let own = text.strip_prefix(&format!("{}: ", cell.experiment.id));
@@ -234,7 +262,41 @@ fn experts(host: &mut dyn Host, out: &mut dyn Write) -> Result<(), CliError> {
 }
 
 fn presets(out: &mut dyn Write) -> Result<(), CliError> {
-    writeln!(out, "none yet")?;
+    let mut rows = table(&["preset", "topology", "after"]);
+    for preset in Preset::all()? {
+        rows.add_row([
+            preset.name,
+            preset.topology.unwrap_or_else(|| "any".to_owned()),
+            preset.source,
+        ]);
+    }
+    writeln!(out, "{rows}")?;
+    Ok(())
+}
+
+fn topologies(out: &mut dyn Write) -> Result<(), CliError> {
+    let mut rows = table(&["topology", "what"]);
+    for (name, about) in builtin() {
+        rows.add_row([name, about]);
+    }
+    writeln!(out, "{rows}")?;
+    Ok(())
+}
+
+fn role_prompts(out: &mut dyn Write) -> Result<(), CliError> {
+    for (place, (name, prompt)) in prompts().into_iter().enumerate() {
+        if place > 0 {
+            writeln!(out)?;
+        }
+        writeln!(out, "{name}")?;
+        for (part, text) in [
+            ("system", prompt.system.as_deref().unwrap_or("none")),
+            ("question", &prompt.question),
+            ("notes", &prompt.notes),
+        ] {
+            writeln!(out, "  {part:<9} {}", text.replace('\n', "\n            "))?;
+        }
+    }
     Ok(())
 }
 
@@ -279,7 +341,39 @@ fn json_of(what: What, plan: &Plan, host: &mut dyn Host) -> Result<Value, CliErr
         object.insert("experts".into(), experts.into());
     }
     if all || what == What::Presets {
-        object.insert("presets".into(), json!([]));
+        let presets: Vec<Value> = Preset::all()?
+            .into_iter()
+            .map(|preset| {
+                json!({
+                    "name": preset.name,
+                    "source": preset.source,
+                    "topology": preset.topology,
+                    "deviations": preset.deviations,
+                })
+            })
+            .collect();
+        object.insert("presets".into(), presets.into());
+    }
+    if all || what == What::Topologies {
+        let known: Vec<Value> = builtin()
+            .into_iter()
+            .map(|(name, about)| json!({ "name": name, "about": about }))
+            .collect();
+        object.insert("topologies".into(), known.into());
+    }
+    if all || what == What::Prompts {
+        let known: Vec<Value> = prompts()
+            .into_iter()
+            .map(|(name, prompt)| {
+                json!({
+                    "name": name,
+                    "system": prompt.system,
+                    "question": prompt.question,
+                    "notes": prompt.notes,
+                })
+            })
+            .collect();
+        object.insert("prompts".into(), known.into());
     }
     Ok(object.into())
 }
@@ -290,7 +384,7 @@ fn cell_json(cell: &PlannedCell) -> Result<Value, CliError> {
         CellKind::Alias { of } => ("alias", Some(of), None),
         CellKind::Skip { reason } => ("skip", None, Some(reason)),
     };
-    let unsupported = cell.experiment.loop_config().err().map(|e| e.to_string());
+    let unsupported = cell.experiment.supported().err().map(|e| e.to_string());
     Ok(json!({
         "id": cell.experiment.id,
         "suite": cell.experiment.suite,

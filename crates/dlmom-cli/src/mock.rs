@@ -17,12 +17,12 @@ const MAX_LEN: u32 = 64;
 
 /// Loads what `--backend` names.
 pub(crate) fn load(
-    args: &RunArgs,
+    kind: BackendKind,
     spec: &EngineSpec,
     host: &mut dyn Host,
     err: &mut dyn Write,
 ) -> Result<Box<dyn Backend>, CliError> {
-    match args.backend {
+    match kind {
         BackendKind::Mock => {
             writeln!(
                 err,

@@ -1,6 +1,6 @@
 //! From arguments to a loaded, checked and reserved run: everything that can be wrong is found before a sample runs.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -12,15 +12,20 @@ use dlmom_eval::{
 };
 use dlmom_runs::rundir::MANIFEST_FORMAT;
 use dlmom_runs::{
-    Experiment, Invocation, Manifest, ManifestCell, Overrides, Plan, Registry, RunDir, RunDirError,
-    Setting, read_manifest,
+    Experiment, Invocation, LOCKSTEP, Manifest, ManifestCell, Overrides, PRESETS, Pilot, Placement,
+    Plan, Preset, Registry, RunDir, RunDirError, Seating, Setting, TokenKnob, read_manifest,
+    seating,
 };
-use dlmom_runtime::{AgentId, Backend, LoopConfig, PromptSource, check_vocabularies};
+use dlmom_runtime::{
+    Backend, Donors, EnsembleInfo, Handoff, LoopConfig, ModelId, PromptSource, RunError,
+    check_config, check_vocabularies,
+};
 use serde_json::{Value, json};
 
 use crate::args::{BatchSize, Device, Dtype, Order, RunArgs};
 use crate::host::{EngineSpec, Host};
 use crate::mock;
+use crate::pilot;
 use crate::probe::{Probe, probe};
 use crate::status::CliError;
 
@@ -30,6 +35,9 @@ const FIRST_SLOTS: u32 = 8;
 /// A run that can start.
 pub(crate) struct Prepared {
     pub(crate) plan: Plan,
+    pub(crate) seating: Seating,
+    pub(crate) placement: Placement,
+    pub(crate) donors: Donors,
     pub(crate) bench: Bench,
     pub(crate) items: Vec<Item>,
     pub(crate) backend: Box<dyn Backend>,
@@ -69,21 +77,106 @@ impl Dtype {
 /// The expanded cells and the items of a run, checked without any model.
 pub(crate) struct Selection {
     pub(crate) plan: Plan,
+    pub(crate) presets: Vec<Preset>,
+    pub(crate) seating: Seating,
     pub(crate) bench: Bench,
     /// Whether answers are programs that have to be run.
     pub(crate) runs_code: bool,
     pub(crate) items: Vec<Item>,
+    /// Items of the benchmark that are not run.
+    pub(crate) spare: Vec<Item>,
     pub(crate) data_sha256: String,
     pub(crate) experts: Vec<String>,
 }
 
-pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliError> {
-    if args.max_handoffs.is_some() {
-        return Err(CliError::Usage(
-            "--max-handoffs: handoffs between agents (sequential topology) are not built yet"
-                .into(),
-        ));
+/// The words of the experts, and who the agents are.
+pub(crate) fn seat(
+    experts: &[String],
+    model: Option<&String>,
+    topology: Option<&str>,
+) -> Result<(Vec<String>, Seating), CliError> {
+    let words = match model {
+        Some(model) => vec![model.clone()],
+        None => experts.to_vec(),
+    };
+    let default = if model.is_some() {
+        "sequential"
+    } else {
+        LOCKSTEP
+    };
+    let seating = seating(topology.unwrap_or(default), words.len())?;
+    if let Some(unused) =
+        (0..words.len()).find(|e| !seating.seats.iter().any(|seat| seat.expert == *e))
+    {
+        return Err(CliError::Usage(format!(
+            "--topology {}: {} is nobody's model; its {} agents are {}",
+            seating.name,
+            words[unused],
+            seating.seats.len(),
+            seating
+                .seats
+                .iter()
+                .map(|s| s.role.as_deref().unwrap_or("unnamed"))
+                .collect::<Vec<_>>()
+                .join(", "),
+        )));
     }
+    Ok((words, seating))
+}
+
+/// The topology that presets need, where they need one.
+pub(crate) fn preset_topology<'a>(
+    presets: &'a [Preset],
+    asked: Option<&'a str>,
+) -> Result<Option<&'a str>, CliError> {
+    let mut found = asked.map(|asked| (asked, "--topology"));
+    for preset in presets {
+        let Some(needed) = preset.topology.as_deref() else {
+            continue;
+        };
+        match found {
+            Some((other, by)) if other != needed => {
+                return Err(CliError::Usage(format!(
+                    "--preset {}: needs topology {needed}, {by} says {other}; run them apart",
+                    preset.name
+                )));
+            }
+            _ => found = Some((needed, &preset.name)),
+        }
+    }
+    Ok(found.map(|(topology, _)| topology))
+}
+
+/// Which model every agent is, and the models in the order they are loaded.
+pub(crate) fn models_and_agents(experts: &[String], seating: &Seating) -> (Vec<String>, Vec<u32>) {
+    let mut models: Vec<String> = Vec::new();
+    let mut seen: HashMap<&str, u32> = HashMap::new();
+    let agents = seating
+        .experts()
+        .into_iter()
+        .map(|expert| {
+            *seen.entry(&experts[expert]).or_insert_with(|| {
+                models.push(experts[expert].clone());
+                models.len() as u32 - 1
+            })
+        })
+        .collect();
+    (models, agents)
+}
+
+/// What a cell means among these agents.
+pub(crate) fn setting(experts: &[String], seating: &Seating) -> Setting {
+    let mut words = seating.experts().into_iter().map(|e| &experts[e]);
+    let first = words.next();
+    Setting {
+        // Agents that name one and the same model share its weights.
+        shared_model: words.all(|word| Some(word) == first),
+        experts: seating.seats.len(),
+        topology: seating.topology.clone(),
+    }
+}
+
+pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliError> {
     if args
         .seeds
         .iter()
@@ -92,7 +185,11 @@ pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliEr
     {
         return Err(CliError::Usage("--seeds: a seed is named twice".into()));
     }
-    for (flag, value) in [("--limit", args.limit), ("--pilot", args.pilot)] {
+    for (flag, value) in [
+        ("--limit", args.limit),
+        ("--pilot", args.pilot),
+        ("--pilot-items", Some(args.pilot_items)),
+    ] {
         if value == Some(0) {
             return Err(CliError::Usage(format!("{flag}: 0 leaves no item")));
         }
@@ -106,20 +203,33 @@ pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliEr
     if args.threads == Some(0) {
         return Err(CliError::Usage("--threads: give at least 1".into()));
     }
-    let experts = match &args.model {
-        Some(model) => vec![model.clone()],
-        None => args.experts.clone(),
-    };
-    let registry = match &args.config {
+    if args.drift > 0 && args.batch_size == BatchSize::Rows(1) {
+        return Err(CliError::Usage(
+            "--drift: a comparison needs 2 rows of the batch; give --batch-size 2 or more".into(),
+        ));
+    }
+    let presets = args
+        .preset
+        .iter()
+        .map(|name| Preset::named(name))
+        .collect::<Result<Vec<_>, _>>()?;
+    let topology = preset_topology(&presets, args.topology.as_deref())?;
+    let (experts, seating) = seat(&args.experts, args.model.as_ref(), topology)?;
+    let mut registry = match &args.config {
         Some(path) => Registry::load(path)?,
         None => Registry::builtin()?,
     };
-    // Lockstep agents that name one and the same model share its weights.
-    let shared_model = experts.iter().all(|e| *e == experts[0]);
-    let setting = Setting {
-        shared_model,
-        experts: experts.len(),
-    };
+    let mut suites = args.suite.clone();
+    let mut only = args.only.clone();
+    if !presets.is_empty() {
+        registry.add(PRESETS, presets.iter().map(Preset::cell).collect());
+        if !suites.is_empty() || only.is_empty() {
+            suites.push(PRESETS.to_owned());
+        }
+        if !only.is_empty() {
+            only.extend(presets.iter().map(|p| p.name.clone()));
+        }
+    }
     let overrides = Overrides {
         alpha: args.alpha,
         alpha_unit: args.alpha_unit,
@@ -128,76 +238,79 @@ pub(crate) fn select(args: &RunArgs, host: &dyn Host) -> Result<Selection, CliEr
         max_latent_steps: args.max_latent_steps,
         encoding: args.encoding,
         support: args.support,
+        handoff: args.handoff,
+        max_handoffs: args.max_handoffs,
         ..Overrides::default()
     };
-    let plan = registry.expand(&args.suite, &args.only, setting, &overrides)?;
+    let setting = setting(&experts, &seating);
+    let plan = registry.expand(&suites, &only, &setting, &overrides)?;
     plan.check_supported()?;
+    // What a pilot will find is not known yet; whatever it is, the rest has to be right.
+    let assumed = Placement {
+        topology: seating.topology.clone(),
+        pilot: Some(Pilot::assumed(seating.seats.len())),
+    };
     for experiment in plan.runs() {
-        experiment
-            .loop_config()?
-            .validate(None)
-            .map_err(|e| CliError::Usage(format!("{}: {e}", experiment.id)))?;
+        let wrong =
+            |e: dlmom_runtime::ConfigError| CliError::Usage(format!("{}: {e}", experiment.id));
+        let config = experiment.loop_config(&assumed)?;
+        config.validate(None).map_err(wrong)?;
+        config.validate_agents(seating.seats.len()).map_err(wrong)?;
     }
     let spec = BenchSpec::parse(&args.bench)?;
-    let path: PathBuf = match spec.path() {
-        Some(path) => path.to_owned(),
-        None => host
-            .data_dir()
-            .ok_or_else(|| {
-                CliError::Usage(format!(
-                    "{}: shipped with the Python package only",
-                    args.bench
-                ))
-            })?
-            .join(format!("{}.jsonl", spec.info().name())),
-    };
+    let path = data_path(&spec, &args.bench, host)?;
     let ItemSet { items, data_sha256 } = load(spec.schema(), &path)?;
-    let items = choose(items, args);
+    let (items, spare) = choose(items, args);
     Ok(Selection {
         plan,
+        presets,
+        seating,
         bench: spec.bench(),
         runs_code: spec.info().runs_code(),
         items,
+        spare,
         data_sha256,
         experts,
     })
 }
 
-fn choose(items: Vec<Item>, args: &RunArgs) -> Vec<Item> {
+/// Where a benchmark's items are.
+pub(crate) fn data_path(
+    spec: &BenchSpec,
+    word: &str,
+    host: &dyn Host,
+) -> Result<PathBuf, CliError> {
+    match spec.path() {
+        Some(path) => Ok(path.to_owned()),
+        None => Ok(host
+            .data_dir()
+            .ok_or_else(|| {
+                CliError::Usage(format!("{word}: shipped with the Python package only"))
+            })?
+            .join(format!("{}.jsonl", spec.info().name()))),
+    }
+}
+
+/// The items to run, and the others.
+fn choose(items: Vec<Item>, args: &RunArgs) -> (Vec<Item>, Vec<Item>) {
     let total = items.len();
-    let mut chosen: Vec<Item> = match (args.limit, args.pilot) {
-        (Some(limit), _) => items.into_iter().take(limit).collect(),
-        (None, Some(pilot)) if pilot < total => {
-            let wanted: Vec<usize> = (0..pilot).map(|i| i * total / pilot).collect();
-            items
-                .into_iter()
-                .enumerate()
-                .filter(|(i, _)| wanted.binary_search(i).is_ok())
-                .map(|(_, item)| item)
-                .collect()
-        }
-        _ => items,
+    let wanted: HashSet<usize> = match (args.limit, args.pilot) {
+        (Some(limit), _) => (0..limit.min(total)).collect(),
+        (None, Some(pilot)) if pilot < total => (0..pilot).map(|i| i * total / pilot).collect(),
+        _ => (0..total).collect(),
     };
+    let (mut chosen, mut spare) = (Vec::new(), Vec::new());
+    for (place, item) in items.into_iter().enumerate() {
+        if wanted.contains(&place) {
+            chosen.push(item);
+        } else {
+            spare.push(item);
+        }
+    }
     if args.order == Order::Reversed {
         chosen.reverse();
     }
-    chosen
-}
-
-/// The models in the order they are loaded, and every agent's.
-pub(crate) fn models_and_agents(experts: &[String]) -> (Vec<String>, Vec<u32>) {
-    let mut models: Vec<String> = Vec::new();
-    let mut seen: HashMap<&str, u32> = HashMap::new();
-    let agents = experts
-        .iter()
-        .map(|expert| {
-            *seen.entry(expert).or_insert_with(|| {
-                models.push(expert.clone());
-                models.len() as u32 - 1
-            })
-        })
-        .collect();
-    (models, agents)
+    (chosen, spare)
 }
 
 pub(crate) fn prepare(
@@ -208,10 +321,13 @@ pub(crate) fn prepare(
     err: &mut dyn Write,
 ) -> Result<Prepared, CliError> {
     let Selection {
-        plan,
+        mut plan,
+        presets,
+        seating,
         bench,
         runs_code,
         items,
+        spare,
         data_sha256,
         experts,
     } = selection;
@@ -227,7 +343,7 @@ pub(crate) fn prepare(
     } else {
         None
     };
-    let (models, agents) = models_and_agents(&experts);
+    let (models, agents) = models_and_agents(&experts, &seating);
     let spec = EngineSpec {
         experts: models,
         agents,
@@ -243,16 +359,22 @@ pub(crate) fn prepare(
         fast: args.fast,
         attention: args.attention.clone(),
     };
-    let mut backend = mock::load(args, &spec, host, err)?;
-    check_vocabularies(backend.info())?;
-    let vocab = backend.info().model_of(AgentId(0)).map_or(0, |m| m.vocab);
+    let mut backend = mock::load(args.backend, &spec, host, err)?;
+    leave_out_unknown(&mut plan, &presets, &mut *backend, err)?;
+    let vocab = smallest_vocabulary(backend.info());
+    let assumed = Placement {
+        topology: seating.topology.clone(),
+        pilot: Some(Pilot::assumed(seating.seats.len())),
+    };
     for experiment in plan.runs() {
-        let config = experiment.loop_config()?;
-        config
-            .validate(Some(vocab))
-            .map_err(|e| CliError::Usage(format!("{}: {e}", experiment.id)))?;
+        let config = experiment.loop_config(&assumed)?;
+        check_config(&config, backend.info()).map_err(|error| match error {
+            RunError::Config(inner) => CliError::Usage(format!("{}: {inner}", experiment.id)),
+            other => other.into(),
+        })?;
     }
-    let (max_len, prompts) = longest(&mut *backend, &bench, &items, &plan)?;
+    let asked: Vec<&Item> = items.iter().chain(&spare).collect();
+    let (max_len, prompts) = longest(&mut *backend, &bench, &seating, &asked, &plan, &assumed)?;
     let (rows, probed) = match (args.batch_size, &recorded) {
         (BatchSize::Rows(rows), _) => (rows, None),
         (BatchSize::Auto, Some(recorded)) => (recorded.batch_size, None),
@@ -264,6 +386,24 @@ pub(crate) fn prepare(
     };
     backend.reserve(rows, max_len)?;
     let info = backend.info().clone();
+    let wanted = pilot::Wanted::of(&plan, args.pilot_items);
+    let piloted = pilot::find(
+        &wanted,
+        recorded.as_ref(),
+        &args.out,
+        &pilot::Surroundings {
+            seating: &seating,
+            bench: &bench,
+            items: &items,
+            spare: &spare,
+            rows,
+            seed: args.seeds[0],
+        },
+        &plan,
+        &mut *backend,
+        host,
+        err,
+    )?;
     if !info.bit_invariant {
         writeln!(
             err,
@@ -292,6 +432,7 @@ pub(crate) fn prepare(
             "attention": m.attention,
         })).collect::<Vec<_>>(),
         "agents": info.agents,
+        "topology": topology_facts(&seating)?,
         "bench": bench.name(),
         "data_sha256": data_sha256,
         "device": info.device,
@@ -322,9 +463,10 @@ pub(crate) fn prepare(
         models: serde_json::to_value(&info.models).map_err(|e| CliError::Failed(e.to_string()))?,
         shared_model: spec.experts.len() == 1,
         experts: info.agents.len() as u64,
-        ln_vocab: Some(f64::from(vocab).ln()),
-        cells: ManifestCell::of_plan(&plan, &context)?,
+        ln_vocab: one_vocabulary(&info).then(|| f64::from(vocab).ln()),
+        cells: ManifestCell::of_plan(&plan, &context, piloted.pilot.as_ref())?,
         context,
+        pilot: piloted.pilot.clone(),
         environment,
         invocations: vec![Invocation {
             argv: argv.to_vec(),
@@ -334,8 +476,18 @@ pub(crate) fn prepare(
         notes: notes(&info, probed.as_ref(), max_len),
     };
     let dir = RunDir::open(&args.out, &plan, manifest, args.resume)?;
+    if let Some(bytes) = &piloted.new_donors {
+        dir.write_donors(bytes)?;
+    }
+    let placement = Placement {
+        topology: seating.topology.clone(),
+        pilot: dir.manifest().pilot.clone(),
+    };
     Ok(Prepared {
         plan,
+        seating,
+        placement,
+        donors: piloted.donors,
         bench,
         items,
         backend,
@@ -374,23 +526,25 @@ fn notes(info: &dlmom_runtime::EnsembleInfo, probed: Option<&Probe>, max_len: u3
 }
 
 /// Prompt tokens of one item, by agent.
-type Prompts = Vec<Vec<u32>>;
+pub(crate) type Prompts = Vec<Vec<u32>>;
 
 /// Positions that the longest sample may need, and the first items' prompts.
-fn longest(
+pub(crate) fn longest(
     backend: &mut dyn Backend,
     bench: &Bench,
-    items: &[Item],
+    seating: &Seating,
+    items: &[&Item],
     plan: &Plan,
+    placement: &Placement,
 ) -> Result<(u32, Vec<Prompts>), CliError> {
     let info = backend.info().clone();
     let mut longest = 0;
     let mut first = Vec::new();
     for item in items {
-        let source = bench.prompt(item);
+        let sources = seating.prompts(&bench.prompt(item));
         let mut tokens = Vec::new();
-        for &model in &info.agents {
-            let ids = backend.encode(model, &source).map_err(|error| {
+        for (&model, source) in info.agents.iter().zip(&sources) {
+            let ids = backend.encode(model, source).map_err(|error| {
                 CliError::Usage(format!(
                     "item {}: {error} ({})",
                     item.id,
@@ -404,21 +558,10 @@ fn longest(
             first.push(tokens);
         }
     }
-    let mut steps = 0;
+    let mut most = longest;
     for experiment in plan.runs() {
-        let LoopConfig {
-            max_steps,
-            answer_cue,
-            ..
-        } = experiment.loop_config()?;
-        let mut cue = 0;
-        if let Some(text) = answer_cue {
-            for &model in &info.agents {
-                let source = PromptSource::Text { text: text.clone() };
-                cue = cue.max(backend.encode(model, &source)?.len() as u32);
-            }
-        }
-        steps = steps.max(max_steps + cue);
+        let config = experiment.loop_config(placement)?;
+        most = most.max(positions(backend, &config, longest)?);
     }
     let context = info
         .models
@@ -431,7 +574,129 @@ fn longest(
             "the longest prompt has {longest} tokens, the smallest context {context}"
         )));
     }
-    Ok((longest.saturating_add(steps).min(context), first))
+    Ok((most.min(context), first))
+}
+
+/// Positions that a sample with prompts of up to `prompt` tokens may need in one lane.
+pub(crate) fn positions(
+    backend: &mut dyn Backend,
+    config: &LoopConfig,
+    prompt: u32,
+) -> Result<u32, CliError> {
+    let models: Vec<ModelId> = backend.info().agents.clone();
+    let mut longest = |text: Option<&String>| -> Result<u32, CliError> {
+        let mut most = 0;
+        if let Some(text) = text {
+            for &model in &models {
+                let source = PromptSource::Text { text: text.clone() };
+                most = most.max(backend.encode(model, &source)?.len() as u32);
+            }
+        }
+        Ok(most)
+    };
+    let mut injected = longest(config.answer_cue.as_ref())?;
+    if let Some(triggers) = &config.triggers {
+        let closings = triggers.terminate_after - triggers.converge_after + 1;
+        injected += closings.saturating_mul(longest(Some(&triggers.converge_text))?);
+        injected += longest(Some(&triggers.terminate_text))?;
+    }
+    // What is handed over: at most all that was thought and printed before, or the lanes themselves.
+    let handed = match config.topology.chain() {
+        None => 0,
+        Some(chain) => match chain.handoff {
+            Handoff::Transcript => config.max_steps,
+            Handoff::Text => config.max_steps.saturating_add(NOTES * chain.limit()),
+            Handoff::Kv => prompt.saturating_mul(chain.limit()),
+        },
+    };
+    Ok(prompt
+        .saturating_add(handed)
+        .saturating_add(config.max_steps)
+        .saturating_add(injected))
+}
+
+/// Tokens that the wording around one agent's notes may take.
+const NOTES: u32 = 64;
+
+fn smallest_vocabulary(info: &EnsembleInfo) -> u32 {
+    info.models.iter().map(|m| m.vocab).min().unwrap_or(0)
+}
+
+fn one_vocabulary(info: &EnsembleInfo) -> bool {
+    check_vocabularies(info).is_ok()
+}
+
+/// What of a topology changes outputs; the handoff of a cell is the cell's own.
+fn topology_facts(seating: &Seating) -> Result<Value, CliError> {
+    let failed = |e: serde_json::Error| CliError::Failed(e.to_string());
+    Ok(json!({
+        "name": seating.name,
+        "topology": serde_json::to_value(&seating.topology).map_err(failed)?,
+        "seats": serde_json::to_value(&seating.seats).map_err(failed)?,
+    }))
+}
+
+/// Takes texts of one token out of preset cells where a model has no such token, and says so.
+fn leave_out_unknown(
+    plan: &mut Plan,
+    presets: &[Preset],
+    backend: &mut dyn Backend,
+    err: &mut dyn Write,
+) -> Result<(), CliError> {
+    for preset in presets {
+        let Some(cell) = plan
+            .cells
+            .iter_mut()
+            .find(|c| c.experiment.id == preset.name)
+        else {
+            continue;
+        };
+        for line in without_unknown(preset, &mut cell.experiment, backend)? {
+            writeln!(err, "note: {line}")?;
+        }
+    }
+    Ok(())
+}
+
+/// The same for one preset; a line for every knob that was left out.
+pub(crate) fn without_unknown(
+    preset: &Preset,
+    experiment: &mut Experiment,
+    backend: &mut dyn Backend,
+) -> Result<Vec<String>, CliError> {
+    let info = backend.info().clone();
+    let mut lines = Vec::new();
+    for knob in &preset.where_known {
+        let text = match knob {
+            TokenKnob::LockText => experiment.lock_text.clone(),
+            TokenKnob::EnterSignal => experiment.enter_signal.as_ref().map(|s| s.text.clone()),
+            TokenKnob::ExitSignal => experiment.exit_signal.as_ref().map(|s| s.text.clone()),
+        };
+        let Some(text) = text else { continue };
+        let source = PromptSource::Text { text: text.clone() };
+        let mut unknown = None;
+        for &model in &info.agents {
+            let tokens = backend.encode(model, &source)?.len();
+            if tokens != 1 {
+                unknown = Some((info.models[model.index()].name.clone(), tokens));
+                break;
+            }
+        }
+        let Some((model, tokens)) = unknown else {
+            continue;
+        };
+        match knob {
+            TokenKnob::LockText => experiment.lock_text = None,
+            TokenKnob::EnterSignal => experiment.enter_signal = None,
+            TokenKnob::ExitSignal => experiment.exit_signal = None,
+        }
+        lines.push(format!(
+            "{}: {} is left out: {text:?} is {tokens} tokens for {model}, not one",
+            preset.name,
+            knob.as_str()
+        ));
+    }
+    Ok(lines)
 }
 
 /// Seeds a cell runs with: the first of the run where nothing is drawn.

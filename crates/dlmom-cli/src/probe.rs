@@ -99,9 +99,9 @@ fn rate(
                 slot,
                 feeds: &feeds,
                 merge: &agents,
+                consensus,
                 want,
             }],
-            consensus,
             &mut out,
         )?;
     }
@@ -128,13 +128,14 @@ fn rate(
             slot,
             feeds: &feeds,
             merge: &agents,
+            consensus,
             want,
         })
         .collect();
-    backend.advance(&batch, consensus, &mut out)?;
+    backend.advance(&batch, &mut out)?;
     let started = Instant::now();
     for _ in 0..STEPS {
-        backend.advance(&batch, consensus, &mut out)?;
+        backend.advance(&batch, &mut out)?;
     }
     let rate = f64::from(STEPS * rows) / started.elapsed().as_secs_f64();
     backend.close(&slots);

@@ -1,40 +1,27 @@
 //! `replay`: the controller again over recorded entropies, as it was or with other knobs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use dlmom_core::{
-    AlphaUnit, ControllerSpec, Decision, Force, Gate, GateController, Mode, Reason, Start,
-};
+use dlmom_core::{AlphaUnit, ControllerSpec, Force, Gate, Mode, Reason, Schedule, Start};
 use dlmom_eval::stats::quantile;
 use dlmom_eval::suggest::hint;
 use dlmom_runs::rundir::{Kind, read_config};
-use dlmom_runs::{Experiment, Manifest, read_manifest};
-use dlmom_runtime::JobKey;
+use dlmom_runs::{Experiment, Manifest, Placement, read_manifest};
+use dlmom_runtime::replay::{Observations, ReplayError, observed, replay};
+use dlmom_runtime::{HandoffRecord, JobKey, LoopConfig};
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::args::alpha_unit;
+use crate::args::{GateWord, alpha_unit};
 use crate::report::{percent, table, unit};
+use crate::run::{schedule_of, schedules};
 use crate::status::{CliError, ExitStatus};
 
 /// Differences from the recording that are named one by one.
 const SHOWN: usize = 20;
-
-/// Rule of the controller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum GateWord {
-    /// Latent where the entropy is above alpha.
-    Threshold,
-    /// Slope, mean and variance of the last w entropies.
-    Trend,
-    /// Latent until the latent budget is spent.
-    AlwaysLatent,
-    /// Never latent.
-    AlwaysExplicit,
-}
 
 /// What decides the first step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -59,14 +46,14 @@ pub struct ReplayArgs {
         long,
         value_enum,
         hide_possible_values = true,
-        value_name = "threshold|trend|always-latent|always-explicit"
+        value_name = "threshold|trend|reference|latent-then-explicit|always-latent|always-explicit"
     )]
     pub gate: Option<GateWord>,
     /// Entropy threshold.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub alpha: Option<f64>,
     /// Unit of alpha.
-    #[arg(long, value_parser = alpha_unit, value_name = "normalized|nats")]
+    #[arg(long, value_parser = alpha_unit, value_name = "normalized|nats|quantile")]
     pub alpha_unit: Option<AlphaUnit>,
     /// Window of the trend gate in steps.
     #[arg(long, value_name = "N")]
@@ -83,6 +70,9 @@ pub struct ReplayArgs {
     /// Fewest consecutive explicit steps.
     #[arg(long, value_name = "N")]
     pub min_dwell_explicit: Option<u32>,
+    /// Entropies below alpha, one after another, that end the block of latent-then-explicit.
+    #[arg(long, value_name = "N")]
+    pub patience: Option<u32>,
     /// What decides the first step.
     #[arg(
         long,
@@ -106,20 +96,23 @@ impl ReplayArgs {
             || self.max_latent_steps.is_some()
             || self.min_dwell_latent.is_some()
             || self.min_dwell_explicit.is_some()
+            || self.patience.is_some()
             || self.start.is_some()
     }
 
     /// The cell's knobs with those of the command line in their place.
-    fn knobs(&self, experiment: &Experiment) -> Result<ControllerSpec, CliError> {
+    fn knobs(
+        &self,
+        experiment: &Experiment,
+        placement: &Placement,
+    ) -> Result<LoopConfig, CliError> {
         let id = &experiment.id;
-        let mut spec = experiment.loop_config()?.controller;
+        let mut config = experiment.loop_config(placement)?;
+        let mut spec = config.controller;
         if let Some(gate) = self.gate {
-            spec.gate = match gate {
-                GateWord::Threshold => Gate::Threshold,
-                GateWord::Trend => Gate::Trend,
-                GateWord::AlwaysLatent => Gate::AlwaysLatent,
-                GateWord::AlwaysExplicit => Gate::AlwaysExplicit,
-            };
+            spec.gate = Gate::from(gate);
+            // Whose modes are followed is no gate any more.
+            config.controls.same_exits = false;
         }
         let other_unit = self.alpha_unit.is_some_and(|unit| unit != spec.alpha_unit);
         if other_unit && self.alpha.is_none() {
@@ -149,6 +142,7 @@ impl ReplayArgs {
         spec.cap = self.cap.unwrap_or(spec.cap);
         spec.max_latent_steps = self.max_latent_steps.unwrap_or(spec.max_latent_steps);
         spec.min_dwell_latent = self.min_dwell_latent.unwrap_or(spec.min_dwell_latent);
+        spec.patience = self.patience.unwrap_or(spec.patience);
         spec.min_dwell_explicit = self.min_dwell_explicit.unwrap_or(spec.min_dwell_explicit);
         spec.start = match self.start {
             Some(StartWord::Latent) => Start::Latent,
@@ -157,7 +151,12 @@ impl ReplayArgs {
         };
         spec.validate()
             .map_err(|e| CliError::Usage(format!("{id}: {e}")))?;
-        Ok(spec)
+        if spec.alpha_unit == AlphaUnit::Quantile {
+            let pilot = placement.pilot.as_ref();
+            config.ranks = pilot.map(|p| p.quantiles.clone());
+        }
+        config.controller = spec;
+        Ok(config)
     }
 }
 
@@ -172,6 +171,11 @@ struct Recorded {
     mode: Vec<Mode>,
     reason: Vec<Reason>,
     token: Vec<Option<u32>>,
+    /// Empty in records of before it was kept.
+    #[serde(default)]
+    force: Vec<Option<Force>>,
+    #[serde(default)]
+    handoffs: Vec<HandoffRecord>,
 }
 
 impl Recorded {
@@ -188,23 +192,18 @@ impl Recorded {
                 return Err(format!("{name} has {len} entries, mode {steps}"));
             }
         }
+        if !self.force.is_empty() && self.force.len() != steps {
+            let len = self.force.len();
+            return Err(format!("force has {len} entries, mode {steps}"));
+        }
         Ok(())
     }
 
-    /// The entropy of a step in `unit`, computed as the loop computes it.
-    fn entropy(&self, step: usize, unit: AlphaUnit, recorded: AlphaUnit) -> f64 {
-        match unit {
-            _ if unit == recorded => self.observed[step],
-            AlphaUnit::Normalized => self.entropy[step],
-            AlphaUnit::Nats => {
-                let experts = &self.expert_entropy[step];
-                experts.iter().sum::<f64>() / experts.len().max(1) as f64
-            }
-        }
-    }
-
-    /// The exit that the loop forced at each step, also where the spent latent budget came before it.
+    /// What the loop forced at each step; from the reasons where it was not recorded.
     fn forces(&self, experiment: &Experiment) -> Vec<Option<Force>> {
+        if !self.force.is_empty() {
+            return self.force.clone();
+        }
         let mut taken = 0u32;
         (0..self.mode.len())
             .map(|step| {
@@ -288,8 +287,9 @@ pub(crate) fn command(args: &ReplayArgs, out: &mut dyn Write) -> Result<ExitStat
     let manifest = read_manifest(run)?
         .ok_or_else(|| CliError::Usage(format!("{}: holds no run (no run.json)", run.display())))?;
     let mut cells = Vec::new();
+    let placement = manifest.placement(&run.join("run.json"))?;
     for id in chosen(args, &manifest)? {
-        cells.push(cell(args, &id)?);
+        cells.push(cell(args, &id, &placement)?);
     }
     if cells.iter().all(|c| c.samples == 0) {
         return Err(CliError::Usage(format!(
@@ -410,10 +410,15 @@ fn read(path: &Path) -> Result<Vec<Recorded>, CliError> {
     Ok(samples.into_values().collect())
 }
 
-fn cell(args: &ReplayArgs, id: &str) -> Result<Found, CliError> {
+fn cell(args: &ReplayArgs, id: &str, placement: &Placement) -> Result<Found, CliError> {
     let experiment = read_config(&args.run, id)?
         .ok_or_else(|| CliError::Usage(format!("{}: no configs/{id}.yaml", args.run.display())))?;
-    let spec = args.knobs(&experiment)?;
+    let config = args.knobs(&experiment, placement)?;
+    let reference = if config.controls.same_exits {
+        schedules(&args.run)?
+    } else {
+        HashMap::new()
+    };
     let mut found = Found {
         id: id.to_owned(),
         samples: 0,
@@ -429,7 +434,8 @@ fn cell(args: &ReplayArgs, id: &str) -> Result<Found, CliError> {
                 "{id}: decided by a rule of the user's own, which is not recorded; give --gate"
             )));
         }
-        one(&sample, &experiment, &spec, &mut found)?;
+        let schedule = schedule_of(&reference, &sample.key);
+        one(&sample, &experiment, &config, schedule.as_ref(), &mut found)?;
     }
     Ok(found)
 }
@@ -437,15 +443,46 @@ fn cell(args: &ReplayArgs, id: &str) -> Result<Found, CliError> {
 fn one(
     sample: &Recorded,
     experiment: &Experiment,
-    spec: &ControllerSpec,
+    config: &LoopConfig,
+    schedule: Option<&Schedule>,
     found: &mut Found,
 ) -> Result<(), CliError> {
-    let mut controller = GateController::new(spec)
-        .map_err(|e| CliError::Usage(format!("{}: {e}", experiment.id)))?;
-    let mut modes = Vec::with_capacity(sample.mode.len());
-    for (step, force) in sample.forces(experiment).into_iter().enumerate() {
-        let entropy = sample.entropy(step, spec.alpha_unit, experiment.alpha_unit);
-        let Decision { mode, reason, .. } = controller.observe(entropy, force);
+    let forces = sample.forces(experiment);
+    let seen = Observations {
+        entropy: &sample.entropy,
+        expert_entropy: &sample.expert_entropy,
+        force: &forces,
+        handoffs: &sample.handoffs,
+        schedule,
+    };
+    let decisions = replay(config, seen).map_err(|error| {
+        let hint = match error {
+            ReplayError::NoRanks => " (run.json records no pilot)",
+            _ => "",
+        };
+        CliError::Usage(format!("{}: {error}{hint}", experiment.id))
+    })?;
+    if config.controller.alpha_unit == experiment.alpha_unit {
+        for (step, recorded) in sample.observed.iter().enumerate() {
+            let again = observed(
+                experiment.alpha_unit,
+                sample.entropy[step],
+                &sample.expert_entropy[step],
+                config.ranks.as_ref(),
+            );
+            if again.map(f64::to_bits) != Some(recorded.to_bits()) {
+                let JobKey { item_id, seed, .. } = &sample.key;
+                found.differences.push(format!(
+                    "{}: item {item_id}, seed {seed}, step {step}: observed is {recorded}, the entropies give {}",
+                    experiment.id,
+                    again.map_or_else(|| "none".to_owned(), |x| x.to_string())
+                ));
+            }
+        }
+    }
+    let modes: Vec<Mode> = decisions.iter().map(|d| d.mode).collect();
+    for (step, decision) in decisions.iter().enumerate() {
+        let (mode, reason) = (decision.mode, decision.reason);
         let (mode_was, reason_was) = (sample.mode[step], sample.reason[step]);
         if mode != mode_was {
             found.changed += 1;
@@ -457,7 +494,6 @@ fn one(
                 experiment.id
             ));
         }
-        modes.push(mode);
     }
     found.samples += 1;
     found.steps += modes.len() as u64;

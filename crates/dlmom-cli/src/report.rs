@@ -1,12 +1,17 @@
 //! What a finished run prints: the table, the coverage diagnosis, the next command.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use dlmom_core::{AlphaUnit, Gate};
 use dlmom_eval::stats::minimum_detectable_difference;
-use dlmom_runs::{CellKind, Experiment, Plan, RunDir, Summary};
+use dlmom_runs::drift::{EVENT_KL, EVENT_STEPS};
+use dlmom_runs::rundir::read_config;
+use dlmom_runs::{
+    CellKind, DriftKind, DriftSummary, Experiment, Plan, PlannedCell, REF, RunDir, Summary,
+};
+use serde_json::Value;
 
 use crate::args::RunArgs;
 use crate::prepare::{Selection, seeds_of};
@@ -28,6 +33,7 @@ pub(crate) fn unit(unit: AlphaUnit) -> &'static str {
     match unit {
         AlphaUnit::Normalized => "normalized",
         AlphaUnit::Nats => "nats",
+        AlphaUnit::Quantile => "quantile",
     }
 }
 
@@ -79,6 +85,32 @@ pub(crate) fn dry_run(
         selection.bench.name(),
         selection.experts.join(" + ")
     )?;
+    let roles: Vec<&str> = selection
+        .seating
+        .seats
+        .iter()
+        .filter_map(|seat| seat.role.as_deref())
+        .collect();
+    if roles.is_empty() {
+        writeln!(out, "topology {}", selection.seating.name)?;
+    } else {
+        writeln!(
+            out,
+            "topology {}: {}",
+            selection.seating.name,
+            roles.join(", ")
+        )?;
+    }
+    let wanted = crate::pilot::Wanted::of(&selection.plan, args.pilot_items);
+    if wanted.any() {
+        writeln!(
+            out,
+            "a pilot of {} items comes first",
+            wanted
+                .items
+                .min(selection.items.len() + selection.spare.len())
+        )?;
+    }
     if let Some(difference) = minimum_detectable_difference(n, 0.1) {
         writeln!(
             out,
@@ -89,33 +121,77 @@ pub(crate) fn dry_run(
     Ok(())
 }
 
-fn note(cell: &CellKind, summary: Option<&Summary>, reference: Option<&Summary>) -> String {
-    match cell {
-        CellKind::Alias { of } => format!("same as {of}"),
-        CellKind::Skip { reason } => format!("skipped: {reason}"),
-        CellKind::Run => {
-            let Some(summary) = summary else {
-                return "no rows".into();
-            };
-            let mut notes = Vec::new();
-            if summary.inert {
+/// What a row of the table is about.
+struct Shown<'a> {
+    cell: &'a PlannedCell,
+    summary: Option<&'a Summary>,
+    reference: Option<&'a Summary>,
+    /// Knobs in which the cell differs from its twin.
+    differs: Vec<String>,
+    /// Whether bytes are of interest.
+    links: bool,
+}
+
+impl Shown<'_> {
+    fn note(&self) -> String {
+        match &self.cell.kind {
+            CellKind::Alias { of } => return format!("same as {of}"),
+            CellKind::Skip { reason } => return format!("skipped: {reason}"),
+            CellKind::Run => {}
+        }
+        let Some(summary) = self.summary else {
+            return "no rows".into();
+        };
+        let mut notes = Vec::new();
+        let knobs = self.differs.join(", ");
+        match &summary.twin {
+            Some(twin) if twin == REF => {
+                notes.push(format!("inert: no sample differs from REF ({knobs})"));
+            }
+            Some(twin) => notes.push(format!("inert beside {twin}: {knobs}")),
+            None if summary.inert => {
                 let bytes = |s: &Summary| (s.uplink.total, s.downlink.total);
-                let same = reference.is_none_or(|r| bytes(r) == bytes(summary));
+                let same = self.reference.is_none_or(|r| bytes(r) == bytes(summary));
                 notes.push(if same {
                     "inert: no sample differs from REF".to_owned()
                 } else {
                     "every answer is REF's; only the bytes differ".to_owned()
                 });
             }
-            for (label, count) in summary.failures.iter().filter(|(_, count)| **count > 0) {
-                notes.push(format!("{count} {label}"));
-            }
-            notes.join(", ")
+            None => {}
         }
+        for (label, count) in summary.failures.iter().filter(|(_, count)| **count > 0) {
+            notes.push(format!("{count} {label}"));
+        }
+        notes.join(", ")
     }
 }
 
-const COLUMNS: [&str; 14] = [
+/// Names of the knobs in which two cells differ.
+fn knobs_apart(a: &Experiment, b: &Experiment) -> Vec<String> {
+    match (a.knobs(), b.knobs()) {
+        (Ok(Value::Object(a)), Ok(Value::Object(b))) => a
+            .iter()
+            .filter(|(name, value)| b.get(*name) != Some(*value))
+            .map(|(name, _)| name.clone())
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// The knobs in which a cell differs from another of its run.
+fn apart(dir: &RunDir, plan: &Plan, cell: &Experiment, other: &str) -> Vec<String> {
+    let planned = plan.cells.iter().find(|c| c.experiment.id == other);
+    match planned {
+        Some(planned) => knobs_apart(cell, &planned.experiment),
+        None => read_config(dir.root(), other)
+            .ok()
+            .flatten()
+            .map_or_else(Vec::new, |other| knobs_apart(cell, &other)),
+    }
+}
+
+const COLUMNS: [&str; 18] = [
     "cell",
     "n",
     "seeds",
@@ -126,9 +202,13 @@ const COLUMNS: [&str; 14] = [
     "latent %",
     "switches",
     "steps",
+    "handoffs",
+    "mass",
     "KL",
+    "JS",
     "B/step",
     "B/solved",
+    "drift",
     "note",
 ];
 
@@ -143,30 +223,30 @@ fn short(bytes: f64) -> String {
     }
 }
 
-/// One row of the table; `-` where there is nothing to say. Bytes are shown where `links` matter.
-fn line(
-    id: &str,
-    kind: &CellKind,
-    summary: Option<&Summary>,
-    reference: Option<&Summary>,
-    links: bool,
-) -> [String; COLUMNS.len()] {
+/// One row of the table; `-` where there is nothing to say.
+fn line(shown: &Shown<'_>) -> [String; COLUMNS.len()] {
+    let id = &shown.cell.experiment.id;
     let nothing = || "-".to_owned();
-    let Some(s) = summary else {
+    let Some(s) = shown.summary else {
         let mut empty = [(); COLUMNS.len()].map(|()| nothing());
         id.clone_into(&mut empty[0]);
-        empty[COLUMNS.len() - 1] = note(kind, None, None);
+        empty[COLUMNS.len() - 1] = shown.note();
         return empty;
     };
     let accuracy = &s.accuracy;
     let bytes = |up: Option<f64>, down: Option<f64>| match (up, down) {
-        (Some(up), Some(down)) if links && up + down > 0.0 => {
+        (Some(up), Some(down)) if shown.links && up + down > 0.0 => {
             format!("{}/{}", short(up), short(down))
         }
         _ => nothing(),
     };
+    let above_zero = |x: Option<f64>| {
+        x.filter(|x| *x > 0.0)
+            .map_or_else(nothing, |x| format!("{x:.3}"))
+    };
+    let free = s.drift.iter().find(|d| d.kind == DriftKind::Free);
     [
-        id.to_owned(),
+        id.clone(),
         s.n.to_string(),
         s.seeds.label(),
         format!(
@@ -187,16 +267,24 @@ fn line(
         s.latent_coverage.map_or_else(nothing, percent),
         format!("{:.0}/{:.0}", s.switches.p50, s.switches.p90),
         format!("{:.1}", s.total_steps.value),
-        s.noise_kl
-            .filter(|kl| *kl > 0.0)
-            .map_or_else(nothing, |kl| format!("{kl:.3}")),
+        if s.handoffs_mean > 0.0 {
+            format!("{:.2}", s.handoffs_mean)
+        } else {
+            nothing()
+        },
+        s.topk_mass
+            .map_or_else(nothing, |mass| format!("{mass:.3}")),
+        above_zero(s.noise_kl),
+        above_zero(s.noise_js),
         bytes(s.uplink.per_step, s.downlink.per_step),
         bytes(s.uplink.per_solved, s.downlink.per_solved),
-        note(kind, Some(s), reference),
+        free.and_then(|d| d.kl)
+            .map_or_else(nothing, |kl| format!("{kl:.3}")),
+        shown.note(),
     ]
 }
 
-fn p_value(p: f64) -> String {
+pub(crate) fn p_value(p: f64) -> String {
     if p < 0.001 {
         "<0.001".into()
     } else {
@@ -217,13 +305,16 @@ pub(crate) fn finished(
         .cells
         .iter()
         .map(|cell| {
-            line(
-                &cell.experiment.id,
-                &cell.kind,
-                summaries.get(&cell.experiment.id),
-                summaries.get(dlmom_runs::REF),
+            let summary = summaries.get(&cell.experiment.id);
+            let twin = summary.and_then(|s| s.twin.as_deref());
+            line(&Shown {
+                cell,
+                summary,
+                reference: summaries.get(REF),
+                differs: twin
+                    .map_or_else(Vec::new, |twin| apart(dir, plan, &cell.experiment, twin)),
                 links,
-            )
+            })
         })
         .collect();
     // A column that says nothing in any row only makes the others harder to read.
@@ -250,9 +341,10 @@ pub(crate) fn finished(
     writeln!(out, "{rows}")?;
     writeln!(
         out,
-        "acc: strict answers, Wilson interval over items; flex: any answer found; d REF: paired difference in points, exact McNemar p (`aggregate` adds Holm);\nswitches: p50/p90 per sample; KL: of the noise, nats per latent step; B/step, B/solved: uplink/downlink bytes per step and per solved sample"
+        "acc: strict answers, Wilson interval over items; flex: any answer found; d REF: paired difference in points, exact McNemar p (`aggregate` adds Holm);\nswitches: p50/p90 per sample; mass: top-k mass; KL, JS: of filter, noise and control, nats per latent step; B/step, B/solved: uplink/downlink bytes per step and per solved sample;\ndrift: free-running KL from REF, nats per step (`--drift N`)"
     )?;
-    diagnosis(out, plan, summaries)?;
+    drift(out, plan, summaries)?;
+    diagnosis(out, plan, summaries, dir)?;
     let root = dir.root().display();
     writeln!(
         out,
@@ -260,7 +352,60 @@ pub(crate) fn finished(
     )?;
     writeln!(
         out,
-        "next: dlmom-rs aggregate {root} && dlmom-rs plot {root}"
+        "next: dlmom-rs compare {root} && dlmom-rs aggregate {root} && dlmom-rs plot {root}"
+    )?;
+    Ok(())
+}
+
+/// Every kind of drift that was measured.
+fn drift(
+    out: &mut dyn Write,
+    plan: &Plan,
+    summaries: &HashMap<String, Summary>,
+) -> Result<(), CliError> {
+    let found: Vec<(&str, &DriftSummary)> = plan
+        .runs()
+        .filter_map(|e| summaries.get(&e.id))
+        .flat_map(|s| s.drift.iter().map(|d| (s.experiment.as_str(), d)))
+        .collect();
+    if found.is_empty() {
+        return Ok(());
+    }
+    let mut rows = table(&[
+        "cell",
+        "drift",
+        "samples",
+        "steps",
+        "KL",
+        "p50",
+        "p90",
+        "max",
+        "cosine",
+        "events",
+        "changed %",
+    ]);
+    let show = |x: Option<f64>, digits: usize| {
+        x.map_or_else(|| "-".to_owned(), |x| format!("{x:.digits$}"))
+    };
+    for (cell, d) in found {
+        rows.add_row([
+            cell.to_owned(),
+            d.kind.as_str().to_owned(),
+            d.samples.to_string(),
+            d.steps.to_string(),
+            show(d.kl, 4),
+            show(d.kl_steps.map(|k| k[0]), 4),
+            show(d.kl_steps.map(|k| k[1]), 4),
+            show(d.kl_steps.map(|k| k[2]), 4),
+            show(d.cosine, 4),
+            show(d.events, 2),
+            d.changed.map_or_else(|| "-".to_owned(), percent),
+        ]);
+    }
+    writeln!(out, "{rows}")?;
+    writeln!(
+        out,
+        "drift from REF over full logits: free-running, teacher-forced (inputs), after one own message (one_step), or the share of REF's steps that the cell's controller would decide otherwise; events: {EVENT_STEPS} steps in a row above {EVENT_KL} nats, per sample; REF against itself is the noise floor"
     )?;
     Ok(())
 }
@@ -270,6 +415,7 @@ fn diagnosis(
     out: &mut dyn Write,
     plan: &Plan,
     summaries: &HashMap<String, Summary>,
+    dir: &RunDir,
 ) -> Result<(), CliError> {
     let Some(reference) = plan.cells.first().map(|c| &c.experiment) else {
         return Ok(());
@@ -280,20 +426,32 @@ fn diagnosis(
     let (Some(entropy), Some(coverage)) = (&summary.entropy, summary.latent_coverage) else {
         return Ok(());
     };
-    let scale = scale(reference, summary);
+    let manifest = dir.manifest();
+    let ranks = manifest.pilot.as_ref().map(|p| &p.quantiles);
+    let unit_of = |normalized: f64, unit: AlphaUnit| match unit {
+        AlphaUnit::Normalized => Some(normalized),
+        AlphaUnit::Nats => manifest.ln_vocab.map(|ln_v| normalized * ln_v),
+        AlphaUnit::Quantile => ranks.map(|ranks| ranks.rank(normalized)),
+    };
+    let own = |x: f64| {
+        unit_of(x, reference.alpha_unit).map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"))
+    };
     let word = unit(reference.alpha_unit);
     writeln!(
         out,
-        "coverage: {} is latent in {:.1} % of its steps at alpha {} ({word}); entropies seen: {:.4} to {:.4}, mean {:.4} ({word})",
+        "coverage: {} is latent in {:.1} % of its steps at alpha {} ({word}); entropies seen: {} to {}, mean {} ({word})",
         reference.id,
         100.0 * coverage,
         reference.alpha,
-        entropy.min * scale,
-        entropy.max * scale,
-        entropy.mean * scale,
+        own(entropy.min),
+        own(entropy.max),
+        own(entropy.mean),
     )?;
+    if let Some(lengths) = lengths(&summary.latent_segments) {
+        writeln!(out, "  latent segments by length: {lengths}")?;
+    }
     if coverage == 0.0 && reference.gate == Gate::Threshold {
-        if entropy.max * scale <= reference.alpha {
+        if unit_of(entropy.max, reference.alpha_unit).is_some_and(|max| max <= reference.alpha) {
             writeln!(
                 out,
                 "  no step's entropy exceeded alpha, so every step was explicit and soft-token knobs reached nothing"
@@ -302,35 +460,67 @@ fn diagnosis(
             writeln!(out, "  the cap or the budget left no room for latent steps")?;
         }
     }
-    let wanted: Vec<String> = summary
-        .alpha_for_coverage
-        .iter()
-        .filter_map(|a| {
-            let value = match reference.alpha_unit {
-                AlphaUnit::Normalized => a.normalized,
-                AlphaUnit::Nats => a.nats,
-            }?;
-            Some(format!("{value:.4} for about {:.0} %", 100.0 * a.coverage))
-        })
-        .collect();
-    if !wanted.is_empty() {
+    for wanted in &summary.alpha_for_coverage {
+        let Some(normalized) = wanted.normalized else {
+            continue;
+        };
+        let alphas: Vec<String> = [AlphaUnit::Normalized, AlphaUnit::Nats, AlphaUnit::Quantile]
+            .into_iter()
+            .filter_map(|u| Some(format!("{:.4} ({})", unit_of(normalized, u)?, unit(u))))
+            .collect();
         writeln!(
             out,
-            "  by these entropies alpha would have to be {} (--alpha-unit {word}; approximate: latent steps change what follows)",
-            wanted.join(", ")
+            "  for about {:.0} % by these entropies, alpha {}; approximate: latent steps change what follows",
+            100.0 * wanted.coverage,
+            alphas.join(" or "),
+        )?;
+    }
+    let inert: Vec<String> = plan
+        .runs()
+        .filter_map(|e| {
+            let twin = summaries.get(&e.id)?.twin.as_deref()?;
+            let knobs = apart(dir, plan, e, twin).join(", ");
+            Some(format!("{} = {twin} ({knobs})", e.id))
+        })
+        .collect();
+    if !inert.is_empty() {
+        writeln!(
+            out,
+            "inert here, sample for sample, whatever the knobs say: {}",
+            inert.join("; ")
         )?;
     }
     Ok(())
 }
 
-/// From normalised entropy to the unit of alpha.
-fn scale(reference: &Experiment, summary: &Summary) -> f64 {
-    match reference.alpha_unit {
-        AlphaUnit::Normalized => 1.0,
-        AlphaUnit::Nats => summary
-            .alpha_for_coverage
-            .iter()
-            .find_map(|a| Some(a.nats? / a.normalized.filter(|n| *n > 0.0)?))
-            .unwrap_or(f64::NAN),
+/// Counts of segments by length in powers of two, such as `1: 40  2: 12  3-4: 5`.
+fn lengths(segments: &BTreeMap<u32, u64>) -> Option<String> {
+    let mut bins: BTreeMap<u32, u64> = BTreeMap::new();
+    for (length, count) in segments {
+        *bins.entry(length.max(&1).next_power_of_two()).or_default() += count;
+    }
+    let words: Vec<String> = bins
+        .iter()
+        .map(|(&top, count)| {
+            let bottom = top / 2 + 1;
+            if bottom >= top {
+                format!("{top}: {count}")
+            } else {
+                format!("{bottom}-{top}: {count}")
+            }
+        })
+        .collect();
+    (!words.is_empty()).then(|| words.join("  "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_are_counted_in_powers_of_two() {
+        let segments = BTreeMap::from([(1, 7), (2, 4), (3, 2), (4, 1), (40, 5)]);
+        assert_eq!(lengths(&segments).unwrap(), "1: 7  2: 4  3-4: 3  33-64: 5");
+        assert_eq!(lengths(&BTreeMap::new()), None);
     }
 }

@@ -3,21 +3,27 @@
 use std::collections::HashMap;
 use std::io::Write;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use dlmom_eval::{CodeJudge, Item};
-use dlmom_runs::fold::{CellRows, read_cell};
+use dlmom_core::Schedule;
+use dlmom_eval::{CodeJudge, Item, read};
+use dlmom_runs::fold::{CellRows, read_cell, read_rows};
+use dlmom_runs::row::Drift;
+use dlmom_runs::rundir::Kind;
 use dlmom_runs::{
-    CellKind, Experiment, JsonlWriter, Plan, RawRow, RawWriter, Repair, RowContext, RunDir,
-    Summary, TraceLine, summarize,
+    CellKind, Experiment, JsonlWriter, Plan, REF, RawRow, RawWriter, Repair, RowContext, RunDir,
+    Summary, TraceLine, read_drift, summarize, summarize_drift, twin,
 };
 use dlmom_runtime::{
-    EnsembleInfo, Job, JobKey, MemoryStats, Outcome, Progress, RunOptions, RunStats, Sink, run,
+    EnsembleInfo, Hooks, Job, JobKey, MemoryStats, Outcome, Progress, RunOptions, RunStats, Sink,
+    run_with,
 };
 use serde_json::json;
 
 use crate::args::{DisplayKind, RunArgs};
 use crate::display::{CellProgress, CellStart, Display, Log, Plain, Silent};
+use crate::drift;
 use crate::host::Host;
 use crate::prepare::{Prepared, Selection, now, prepare, seeds_of, select};
 use crate::report;
@@ -41,7 +47,8 @@ pub(crate) fn command(
     }
     let mut prepared = prepare(args, argv, selection, host, err)?;
     let mut display = display(args, host);
-    let ended = cells(args, &mut prepared, host, &mut *display);
+    let mut book = Book::default();
+    let ended = cells(args, &mut prepared, &mut book, host, &mut *display);
     display.stop();
     if let Err(error) = ended {
         if matches!(error, CliError::Interrupted) {
@@ -56,7 +63,7 @@ pub(crate) fn command(
         return Err(error);
     }
     let Prepared { plan, dir, .. } = &mut prepared;
-    let summaries = summarize_all(plan, dir)?;
+    let summaries = book.summaries(plan, dir)?;
     let finished = now();
     dir.update_manifest(|manifest| {
         if let Some(invocation) = manifest.invocations.last_mut() {
@@ -100,6 +107,7 @@ fn quote(word: &str) -> String {
 fn cells(
     args: &RunArgs,
     prepared: &mut Prepared,
+    book: &mut Book,
     host: &mut dyn Host,
     display: &mut dyn Display,
 ) -> Result<(), CliError> {
@@ -107,6 +115,10 @@ fn cells(
     for (index, experiment) in running.iter().enumerate() {
         let place = (index + 1, running.len());
         let stats = cell(args, prepared, experiment, place, host, display)?;
+        book.forget(&experiment.id);
+        if let Some(summary) = book.summary(&prepared.dir, &experiment.id)? {
+            prepared.dir.write_summary(&summary)?;
+        }
         if let Some(stats) = stats {
             let slots = prepared.rows;
             prepared.dir.update_manifest(|manifest| {
@@ -144,7 +156,7 @@ fn cell(
     host: &mut dyn Host,
     display: &mut dyn Display,
 ) -> Result<Option<RunStats>, CliError> {
-    let config = experiment.loop_config()?;
+    let config = experiment.loop_config(&prepared.placement)?;
     let config_hash = prepared
         .dir
         .manifest()
@@ -186,6 +198,24 @@ fn cell(
         total,
         done: done.len() as u64,
     });
+    let schedules = if experiment.same_exits {
+        schedules(prepared.dir.root())?
+    } else {
+        HashMap::new()
+    };
+    let schedule = |key: &JobKey| schedule_of(&schedules, key);
+    let drifts = if args.drift > 0 {
+        display.line(&format!(
+            "{}: drift from {REF}, {} items",
+            experiment.id,
+            args.drift.min(prepared.items.len())
+        ));
+        drift::measure(
+            prepared, experiment, first_seed, args.drift, &schedule, host,
+        )?
+    } else {
+        HashMap::new()
+    };
     let items: HashMap<&str, &Item> = prepared.items.iter().map(|i| (i.id.as_str(), i)).collect();
     let traced: Vec<&str> = prepared
         .items
@@ -193,14 +223,17 @@ fn cell(
         .take(args.traces)
         .map(|i| i.id.as_str())
         .collect();
-    let agents = prepared.backend.info().agents.len();
     let bench = prepared.bench.clone();
+    let seating = &prepared.seating;
     let mut jobs = todo.iter().filter_map(|key| {
         let item = items.get(key.item_id.as_str())?;
         Some(Job {
             key: key.clone(),
-            prompts: vec![bench.prompt(item); agents],
+            prompts: seating.prompts(&bench.prompt(item)),
             trace: key.seed == first_seed && traced.contains(&key.item_id.as_str()),
+            config: 0,
+            schedule: experiment.same_exits.then(|| schedule(key)).flatten(),
+            rival: None,
         })
     });
     let traces = prepared.dir.trace_writer(&experiment.id)?;
@@ -209,6 +242,7 @@ fn cell(
         config_hash: &config_hash,
         bench: prepared.bench.name(),
         items: &items,
+        drifts: &drifts,
         judge: &mut *prepared.judge,
         writer,
         traces,
@@ -237,10 +271,15 @@ fn cell(
             rows: Some(prepared.rows),
             ..RunOptions::default()
         };
-        Some(run(
+        let hooks = Hooks {
+            donors: prepared.donors.clone(),
+            ..Hooks::default()
+        };
+        Some(run_with(
             &mut *prepared.backend,
             &config,
             &options,
+            hooks,
             &mut jobs,
             &mut sink,
         )?)
@@ -248,9 +287,6 @@ fn cell(
     sink.writer.sync()?;
     let progress = sink.progress.clone();
     display.finish(&progress);
-    if let Some(summary) = summary_of(&prepared.dir, &experiment.id)? {
-        prepared.dir.write_summary(&summary)?;
-    }
     Ok(stats)
 }
 
@@ -259,6 +295,7 @@ struct Recorder<'a> {
     config_hash: &'a str,
     bench: &'a str,
     items: &'a HashMap<&'a str, &'a Item>,
+    drifts: &'a HashMap<JobKey, Drift>,
     judge: &'a mut dyn CodeJudge,
     writer: RawWriter,
     traces: JsonlWriter,
@@ -288,6 +325,7 @@ impl Sink for Recorder<'_> {
             bench: self.bench,
             batch_size: self.rows,
             memory,
+            drift: self.drifts.get(&outcome.key).copied(),
         };
         // A program is judged here and now: the batch waits for it.
         let row = RawRow::new(&context, &outcome, item, self.judge)?;
@@ -317,6 +355,12 @@ impl Sink for Recorder<'_> {
         Ok(())
     }
 
+    fn answered(&mut self, key: &JobKey, text: &str) -> bool {
+        self.items
+            .get(key.item_id.as_str())
+            .is_some_and(|item| read(item, text).answer.is_some())
+    }
+
     fn progress(&mut self, progress: &Progress) {
         self.progress.active = progress.active;
         self.display.update(&self.progress);
@@ -327,52 +371,109 @@ impl Sink for Recorder<'_> {
     }
 }
 
-fn rows_of(dir: &RunDir, id: &str) -> Result<Option<CellRows>, CliError> {
-    let path = dir.raw_path(id);
-    if !path.exists() {
-        return Ok(None);
+/// The modes of the reference pipeline's samples.
+pub(crate) fn schedules(run: &Path) -> Result<HashMap<JobKey, Schedule>, CliError> {
+    let wrong = |e: dlmom_runs::fold::FoldError| CliError::Usage(e.to_string());
+    let (rows, _) = read_rows::<RawRow>(&run.join("raw").join(format!("{REF}.jsonl")), |row| row)
+        .map_err(wrong)?;
+    Ok(rows
+        .into_iter()
+        .map(|row| (row.key(), Schedule::from(row.mode_runs)))
+        .collect())
+}
+
+/// The modes of a sample; of another seed's where the reference pipeline draws nothing and ran with that alone.
+pub(crate) fn schedule_of(schedules: &HashMap<JobKey, Schedule>, key: &JobKey) -> Option<Schedule> {
+    let same_item = || {
+        schedules
+            .iter()
+            .filter(|(other, _)| other.item_id == key.item_id)
+            .min_by_key(|(other, _)| (other.seed, other.sample))
+            .map(|(_, schedule)| schedule)
+    };
+    schedules.get(key).or_else(same_item).cloned()
+}
+
+/// Rows of a folder's cells, read once.
+#[derive(Default)]
+struct Book {
+    rows: HashMap<String, Option<CellRows>>,
+}
+
+impl Book {
+    /// Forgets the rows of a cell that has got more of them.
+    fn forget(&mut self, id: &str) {
+        self.rows.remove(id);
     }
-    read_cell(&path)
-        .map(Some)
-        .map_err(|e| CliError::Usage(e.to_string()))
-}
 
-fn summary_of(dir: &RunDir, id: &str) -> Result<Option<Summary>, CliError> {
-    let Some(rows) = rows_of(dir, id)? else {
-        return Ok(None);
-    };
-    let reference = if id == dlmom_runs::REF {
-        None
-    } else {
-        rows_of(dir, dlmom_runs::REF)?
-    };
-    Ok(summarize(
-        &rows,
-        reference.as_ref(),
-        dir.manifest().ln_vocab,
-    ))
-}
-
-/// The summaries of every cell that has rows, aliases under their own name, written and returned by id.
-fn summarize_all(plan: &Plan, dir: &RunDir) -> Result<HashMap<String, Summary>, CliError> {
-    let mut summaries: HashMap<String, Summary> = HashMap::new();
-    for cell in &plan.cells {
-        let id = &cell.experiment.id;
-        let summary = match &cell.kind {
-            CellKind::Run => summary_of(dir, id)?,
-            CellKind::Alias { of } => summaries.get(of).cloned().map(|summary| Summary {
-                experiment: id.clone(),
-                suite: cell.experiment.suite.clone(),
-                ..summary
-            }),
-            CellKind::Skip { .. } => None,
-        };
-        if let Some(summary) = summary {
-            dir.write_summary(&summary)?;
-            summaries.insert(id.clone(), summary);
+    fn load(&mut self, dir: &RunDir, id: &str) -> Result<(), CliError> {
+        if self.rows.contains_key(id) {
+            return Ok(());
         }
+        let path = dir.raw_path(id);
+        let rows = if path.exists() {
+            Some(read_cell(&path).map_err(|e| CliError::Usage(e.to_string()))?)
+        } else {
+            None
+        };
+        self.rows.insert(id.to_owned(), rows);
+        Ok(())
     }
-    Ok(summaries)
+
+    fn get(&self, id: &str) -> Option<&CellRows> {
+        self.rows.get(id).and_then(Option::as_ref)
+    }
+
+    /// The summary of a cell with rows of its own, compared with the reference and with the cells before it.
+    fn summary(&mut self, dir: &RunDir, id: &str) -> Result<Option<Summary>, CliError> {
+        let cells = &dir.manifest().cells;
+        let earlier: Vec<&str> = cells
+            .iter()
+            .take_while(|c| c.id != id)
+            .filter(|c| c.kind == Kind::Run)
+            .map(|c| c.id.as_str())
+            .collect();
+        for id in earlier.iter().copied().chain([REF, id]) {
+            self.load(dir, id)?;
+        }
+        let Some(rows) = self.get(id) else {
+            return Ok(None);
+        };
+        let reference = self.get(REF).filter(|_| id != REF);
+        let Some(mut summary) = summarize(rows, reference, dir.manifest().ln_vocab) else {
+            return Ok(None);
+        };
+        let lines = read_drift(&dir.drift_path(id)).map_err(|e| CliError::Usage(e.to_string()))?;
+        summary.drift = summarize_drift(&lines);
+        summary.twin = twin(rows, earlier.into_iter().filter_map(|id| self.get(id)));
+        Ok(Some(summary))
+    }
+
+    /// The summaries of every cell of a plan that has rows, aliases under their own name, written and returned by id.
+    fn summaries(
+        &mut self,
+        plan: &Plan,
+        dir: &RunDir,
+    ) -> Result<HashMap<String, Summary>, CliError> {
+        let mut summaries: HashMap<String, Summary> = HashMap::new();
+        for cell in &plan.cells {
+            let id = &cell.experiment.id;
+            let summary = match &cell.kind {
+                CellKind::Run => self.summary(dir, id)?,
+                CellKind::Alias { of } => summaries.get(of).cloned().map(|summary| Summary {
+                    experiment: id.clone(),
+                    suite: cell.experiment.suite.clone(),
+                    ..summary
+                }),
+                CellKind::Skip { .. } => None,
+            };
+            if let Some(summary) = summary {
+                dir.write_summary(&summary)?;
+                summaries.insert(id.clone(), summary);
+            }
+        }
+        Ok(summaries)
+    }
 }
 
 impl Selection {

@@ -15,10 +15,11 @@ pub struct SchemaArgs {
 }
 
 /// Files under `configs/schema/` that are named after the command that writes or reads what they describe.
-const SHORT: [(&str, &str); 3] = [
+const SHORT: [(&str, &str); 4] = [
     ("raw-row", "row"),
     ("trace-line", "trace"),
     ("answer", "generate"),
+    ("drift-line", "drift"),
 ];
 
 /// The schemas by their short names.

@@ -10,6 +10,7 @@ use dlmom_runs::rundir::read_config;
 use dlmom_runs::{RawRow, TraceLine, read_manifest};
 use serde::de::DeserializeOwned;
 
+use crate::generate::named;
 use crate::host::Host;
 use crate::status::{CliError, ExitStatus};
 use crate::timeline::{Footer, Header, Plain, Step, Timeline};
@@ -172,7 +173,7 @@ pub(crate) fn command(
             args.run.display()
         ))
     })?;
-    let config = experiment.loop_config()?;
+    let config = experiment.loop_config(&manifest.placement(&args.run.join("run.json"))?)?;
     let experts = names(&manifest.context, &manifest.models);
     let header = Header::new(
         format!(
@@ -210,7 +211,11 @@ fn names(context: &serde_json::Value, models: &serde_json::Value) -> Vec<String>
         .map_or_else(Vec::new, |agents| {
             agents
                 .iter()
-                .filter_map(|m| m.as_u64().map(|m| name(m as usize)))
+                .enumerate()
+                .filter_map(|(place, m)| {
+                    let role = context["topology"]["seats"][place]["role"].as_str();
+                    Some(named(&name(m.as_u64()? as usize), role))
+                })
                 .collect()
         })
 }
@@ -239,6 +244,19 @@ fn facts(row: &RawRow) -> Vec<String> {
             row.latency_s
         ),
     ];
+    if row.handoffs > 0 {
+        let triggers: Vec<String> = row
+            .handoff_triggers
+            .iter()
+            .map(|t| t.as_str().replace('_', " "))
+            .collect();
+        facts.push(format!(
+            "{} handoffs ({}), {} bytes",
+            row.handoffs,
+            triggers.join(", "),
+            row.handoff_bytes
+        ));
+    }
     facts.extend(row.error.clone());
     facts
 }

@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use dlmom_eval::{BenchSpecError, ItemsError};
-use dlmom_runs::{JsonlError, RegistryError, RowError, RunDirError, Unsupported};
+use dlmom_runs::{
+    JsonlError, PresetError, RegistryError, RowError, RunDirError, SeatingError, Unsupported,
+};
 use dlmom_runtime::{BackendError, ConfigError, RunError};
 
 use crate::host::HostError;
@@ -96,7 +98,9 @@ usage!(
     BenchSpecError,
     ItemsError,
     Unsupported,
-    ConfigError
+    ConfigError,
+    SeatingError,
+    PresetError
 );
 
 impl From<RowError> for CliError {
@@ -156,7 +160,11 @@ impl From<RunError> for CliError {
             RunError::Interrupted(_) => Self::Interrupted,
             RunError::Config(_)
             | RunError::Vocabulary { .. }
-            | RunError::EmbedLink { .. }
+            | RunError::VectorLink { .. }
+            | RunError::NoDonors
+            | RunError::NoSchedule { .. }
+            | RunError::NotOneToken { .. }
+            | RunError::OneRow { .. }
             | RunError::NoAgents => Self::Usage(error.to_string()),
             // Exceptions of device libraries span lines; an error here is one.
             RunError::Backend { ref source, .. } => {

@@ -42,9 +42,13 @@ impl Header {
         let (unit, ceiling) = match controller.alpha_unit {
             AlphaUnit::Normalized => ("of ln V", Some(1.0)),
             AlphaUnit::Nats => ("nats", ln_vocab),
+            AlphaUnit::Quantile => ("as a rank among the pilot's", Some(1.0)),
         };
-        let alpha =
-            matches!(controller.gate, Gate::Threshold | Gate::Trend).then_some(controller.alpha);
+        let alpha = matches!(
+            controller.gate,
+            Gate::Threshold | Gate::Trend | Gate::LatentThenExplicit
+        )
+        .then_some(controller.alpha);
         Self {
             title,
             experts,
@@ -70,6 +74,8 @@ pub struct Step {
     pub step: usize,
     /// `latent` or `explicit`.
     pub mode: &'static str,
+    /// Place of the agent in control, in sequential topologies; 0 in others.
+    pub agent: u32,
     /// Whether the mode has changed.
     pub switched: bool,
     /// Why the mode is what it is.
@@ -80,8 +86,10 @@ pub struct Step {
     pub mass: f32,
     /// The packet's first entries: text and probability.
     pub top: Vec<(String, f32)>,
-    /// The printed text of explicit steps; null for an end token.
+    /// The printed text of explicit steps; null for an end token, and where a text is injected.
     pub token: Option<String>,
+    /// Tokens of an injected text.
+    pub injected: u32,
 }
 
 impl Step {
@@ -96,6 +104,7 @@ impl Step {
         Self {
             step: event.step as usize,
             mode: event.decision.mode.as_str(),
+            agent: event.agent,
             switched: event.decision.switched,
             reason: event.decision.reason.as_str(),
             entropy: event.observed,
@@ -107,6 +116,7 @@ impl Step {
                 .map(|(&id, &p)| (event.model.decode(&[id]), p))
                 .collect(),
             token: event.token.map(|id| event.model.decode(&[id])),
+            injected: event.injected.len() as u32,
         }
     }
 
@@ -132,6 +142,7 @@ impl Step {
             Self {
                 step: at,
                 mode: trace.mode[at].as_str(),
+                agent: trace.agent.get(at).copied().unwrap_or(0),
                 switched: at > 0 && trace.mode[at] != trace.mode[at - 1],
                 reason: trace.reason[at].as_str(),
                 entropy: trace.observed[at],
@@ -143,6 +154,7 @@ impl Step {
                     .map(|(text, &p)| (text.clone(), p))
                     .collect(),
                 token,
+                injected: trace.injected.get(at).copied().unwrap_or(0),
             }
         })
     }
@@ -175,6 +187,8 @@ pub trait Timeline {
 pub struct Plain<W: Write> {
     out: W,
     header: Option<Header>,
+    /// The agent of the last step.
+    agent: u32,
     /// The first failure to write, for the caller to ask.
     pub error: Option<std::io::Error>,
 }
@@ -185,6 +199,7 @@ impl<W: Write> Plain<W> {
         Self {
             out,
             header: None,
+            agent: 0,
             error: None,
         }
     }
@@ -247,6 +262,15 @@ impl<W: Write> Timeline for Plain<W> {
     }
 
     fn step(&mut self, step: &Step) {
+        if step.agent != self.agent {
+            self.agent = step.agent;
+            let name = self
+                .header
+                .as_ref()
+                .and_then(|h| h.experts.get(step.agent as usize).cloned())
+                .unwrap_or_else(|| format!("agent {}", step.agent));
+            self.line(&format!("     -> {name}"));
+        }
         let full = self.header.as_ref().map_or(1.0, |header| header.full);
         let next = if step.latent() {
             step.top
@@ -256,9 +280,11 @@ impl<W: Write> Timeline for Plain<W> {
                 .collect::<Vec<_>>()
                 .join("  ")
         } else {
-            step.token
-                .as_ref()
-                .map_or_else(|| "(end)".to_owned(), |text| quoted(text))
+            match &step.token {
+                Some(text) => quoted(text),
+                None if step.injected > 0 => format!("(a text of {} tokens)", step.injected),
+                None => "(end)".to_owned(),
+            }
         };
         let mark = if step.switched { ">" } else { " " };
         let text = format!(
@@ -337,12 +363,14 @@ mod tests {
         Step {
             step: 7,
             mode,
+            agent: 0,
             switched: true,
             reason: "above_alpha",
             entropy: 0.45,
             mass: 0.98,
             top: vec![(" the".into(), 0.6), ("\n".into(), 0.3), ("\"".into(), 0.1)],
             token: token.map(str::to_owned),
+            injected: 0,
         }
     }
 

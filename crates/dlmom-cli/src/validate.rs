@@ -11,10 +11,11 @@ use dlmom_runs::fold::{CellRows, read_cell};
 use dlmom_runs::row::ROW_SCHEMA_VERSION;
 use dlmom_runs::rundir::{Kind as CellKind, MANIFEST_FORMAT, diff, read_config};
 use dlmom_runs::{
-    Experiment, Manifest, ManifestCell, Overrides, Plan, REF, RawRow, Registry, RunDirError,
-    Summary, read_manifest, summarize,
+    DriftKind, DriftLine, Experiment, Manifest, ManifestCell, Overrides, PRESETS, Plan, Preset,
+    REF, RawRow, Registry, RunDirError, Summary, read_drift, read_manifest, summarize,
+    summarize_drift, topologies, twin, yaml,
 };
-use dlmom_runtime::{JobKey, Stop};
+use dlmom_runtime::{JobKey, Stop, Topology};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::Value;
@@ -33,16 +34,20 @@ pub enum What {
     Run,
     /// A suites file.
     Suites,
+    /// A topology file.
+    Topology,
+    /// A preset file.
+    Preset,
     /// Packets, dense beliefs, embeddings or transcripts.
     Packet,
-    /// Raw rows or traces.
+    /// Raw rows, traces or drift.
     Rows,
 }
 
 /// Arguments of `validate`.
 #[derive(Debug, clap::Args)]
 pub struct ValidateArgs {
-    /// Run folders, suites files (.yaml), row and trace files (.jsonl), files of packets.
+    /// Run folders; suites, topology and preset files (.yaml); row, trace and drift files (.jsonl); files of packets.
     #[arg(required = true, value_name = "PATH")]
     pub paths: Vec<PathBuf>,
     /// What the paths hold [default: as they look].
@@ -50,7 +55,7 @@ pub struct ValidateArgs {
         long,
         value_enum,
         hide_possible_values = true,
-        value_name = "run|suites|packet|rows"
+        value_name = "run|suites|topology|preset|packet|rows"
     )]
     pub kind: Option<What>,
 }
@@ -113,16 +118,85 @@ fn examine(kind: Option<What>, path: &Path, found: &mut Findings) {
         _ if path.is_dir() => {
             (path.join("run.json").exists() || path.join("raw").is_dir()).then_some(What::Run)
         }
-        Some("yaml" | "yml") => Some(What::Suites),
+        Some("yaml" | "yml") => Some(yaml_kind(path)),
         Some("jsonl") => Some(What::Rows),
         _ => Some(What::Packet),
     });
     match kind {
         Some(What::Run) => run(path, found),
         Some(What::Suites) => suites(path, found),
+        Some(What::Topology) => topology(path, found),
+        Some(What::Preset) => preset(path, found),
         Some(What::Packet) => packets(path, found),
         Some(What::Rows) => rows(path, found),
         None => found.at(path, "no run folder: neither run.json nor raw/"),
+    }
+}
+
+/// What a YAML file looks like: a suites file unless it has the keys of another.
+fn yaml_kind(path: &Path) -> What {
+    #[derive(Deserialize)]
+    struct Looks {
+        kind: Option<IgnoredAny>,
+        knobs: Option<IgnoredAny>,
+    }
+    let looks = std::fs::read_to_string(path)
+        .ok()
+        .and_then(|text| yaml::from_str::<Looks>("", &text).ok());
+    match looks {
+        Some(Looks { kind: Some(_), .. }) => What::Topology,
+        Some(Looks { knobs: Some(_), .. }) => What::Preset,
+        _ => What::Suites,
+    }
+}
+
+fn text_of(path: &Path, found: &mut Findings) -> Option<String> {
+    std::fs::read_to_string(path)
+        .map_err(|error| found.at(path, &format!("cannot read: {error}")))
+        .ok()
+}
+
+fn topology(path: &Path, found: &mut Findings) {
+    let Some(text) = text_of(path, found) else {
+        return;
+    };
+    match topologies::check(&path.display().to_string(), &text) {
+        Ok(seating) => {
+            let kind = match seating.topology {
+                Topology::Lockstep => "lockstep",
+                Topology::Hierarchical(_) => "hierarchical",
+                Topology::Sequential(_) => "sequential",
+            };
+            found.ok(path, &format!("{kind}, {} agents", seating.seats.len()));
+        }
+        Err(error) => found.problems.push(error.to_string()),
+    }
+}
+
+fn preset(path: &Path, found: &mut Findings) {
+    let Some(text) = text_of(path, found) else {
+        return;
+    };
+    let name = path.display().to_string();
+    let checked = Preset::parse(&name, &text)
+        .map_err(|e| e.to_string())
+        .and_then(|preset| {
+            let mut registry = Registry::builtin().map_err(|e| e.to_string())?;
+            registry.add(PRESETS, vec![preset.cell()]);
+            let suites = [PRESETS.to_owned()];
+            registry
+                .expand(
+                    &suites,
+                    &[],
+                    &Agents::OneModel.setting(),
+                    &Overrides::default(),
+                )
+                .map_err(|e| e.to_string())?;
+            Ok(preset)
+        });
+    match checked {
+        Ok(preset) => found.ok(path, &format!("preset {}", preset.name)),
+        Err(error) => found.problems.push(error),
     }
 }
 
@@ -138,11 +212,8 @@ fn suites(path: &Path, found: &mut Findings) {
         path,
         &format!("{} suites, {cells} cells", registry.suites.len()),
     );
-    for (agents, name) in [
-        (Agents::OneModel, "one model"),
-        (Agents::SeveralModels, "several models"),
-    ] {
-        match registry.expand(&[], &[], agents.setting(), &Overrides::default()) {
+    for (agents, name) in Agents::ALL {
+        match registry.expand(&[], &[], &agents.setting(), &Overrides::default()) {
             Ok(plan) => found.ok(path, &format!("agents of {name}: {}", outline(&plan))),
             Err(error) => {
                 let text = error.to_string();
@@ -162,7 +233,7 @@ fn outline(plan: &Plan) -> String {
     let count = |of: fn(&Fate) -> bool| cells().filter(|c| of(&c.kind)).count();
     let missing: Vec<&str> = plan
         .runs()
-        .filter(|e| e.loop_config().is_err())
+        .filter(|e| e.supported().is_err())
         .map(|e| e.id.as_str())
         .collect();
     let missing = match missing.as_slice() {
@@ -453,10 +524,50 @@ fn traces(
     count
 }
 
+/// Reads the lines of a drift file, those of a run checked against its cell; how many there are.
+fn drift(path: &Path, id: Option<&str>, found: &mut Findings) -> usize {
+    let mut count = 0;
+    each_line(path, found, |found, line, bytes| {
+        let read: DriftLine = match serde_json::from_slice(bytes) {
+            Ok(read) => read,
+            Err(error) => {
+                return found.line(path, line, &format!("not a drift line: {}", words(&error)));
+            }
+        };
+        count += 1;
+        if let Some(id) = id
+            && let Some(problem) = expected("experiment", &read.experiment.as_str(), &id)
+        {
+            found.line(path, line, &problem);
+        }
+        let steps = read.steps as usize;
+        let lengths = read.divergences.iter().flat_map(|d| {
+            [
+                ("step", d.step.len()),
+                ("kl", d.kl.len()),
+                ("cosine", d.cosine.len()),
+            ]
+        });
+        for (name, len) in lengths {
+            if let Some(problem) = expected(&format!("the length of {name}"), &len, &steps) {
+                found.line(path, line, &problem);
+            }
+        }
+        let decisions = read.kind == DriftKind::Decisions;
+        if decisions != read.changed.is_some() || decisions == read.divergences.is_some() {
+            let text = "decisions have a count of changed steps, other kinds have divergences";
+            found.line(path, line, text);
+        }
+    });
+    count
+}
+
 fn rows(path: &Path, found: &mut Findings) {
     #[derive(Deserialize)]
     struct Looks {
         observed: Option<IgnoredAny>,
+        divergences: Option<IgnoredAny>,
+        changed: Option<IgnoredAny>,
     }
     let mut first = Vec::new();
     let read = File::open(path).and_then(|file| BufReader::new(file).read_until(b'\n', &mut first));
@@ -466,8 +577,12 @@ fn rows(path: &Path, found: &mut Findings) {
         Err(error) => return found.at(path, &format!("cannot read: {error}")),
     }
     let before = found.problems.len();
-    let is_trace = serde_json::from_slice::<Looks>(&first).is_ok_and(|l| l.observed.is_some());
-    let (count, what) = if is_trace {
+    let looks = serde_json::from_slice::<Looks>(&first).ok();
+    let is_trace = looks.as_ref().is_some_and(|l| l.observed.is_some());
+    let is_drift = looks.is_some_and(|l| l.divergences.is_some() || l.changed.is_some());
+    let (count, what) = if is_drift {
+        (drift(path, None, found), "comparisons")
+    } else if is_trace {
         (traces(path, None, found), "traces")
     } else {
         (raw(path, None, found).len(), "rows")
@@ -537,6 +652,10 @@ fn run(root: &Path, found: &mut Findings) {
         if file.exists() {
             tally.traces += traces(&file, Some((id, &keys, finished)), found);
         }
+        let file = root.join("drift").join(format!("{id}.jsonl"));
+        if file.exists() {
+            tally.drift += drift(&file, Some(id), found);
+        }
     }
     for planned in &manifest.cells {
         let of = planned.alias_of.as_deref().unwrap_or(&planned.id);
@@ -549,7 +668,18 @@ fn run(root: &Path, found: &mut Findings) {
                 continue;
             }
             let reference = reference.filter(|_| of != REF);
-            summary(root, &manifest, planned, (rows, reference), finished, found);
+            let earlier = manifest
+                .cells
+                .iter()
+                .take_while(|c| c.id != of)
+                .filter_map(|c| cells.get(c.id.as_str()));
+            let twin = twin(rows, earlier);
+            let rows = Sources {
+                rows,
+                reference,
+                twin,
+            };
+            summary(root, &manifest, planned, rows, finished, found);
             tally.summaries += 1;
         }
     }
@@ -570,6 +700,7 @@ fn run(root: &Path, found: &mut Findings) {
             tally.traces,
             "samples whose traces agree with their rows",
         ),
+        ("drift", tally.drift, "comparisons with the reference"),
         ("summary", tally.summaries, "that follow from the rows"),
     ] {
         let folder = root.join(folder);
@@ -586,6 +717,7 @@ struct Tally {
     configs: usize,
     rows: usize,
     traces: usize,
+    drift: usize,
     summaries: usize,
 }
 
@@ -611,7 +743,7 @@ fn config(
     if let Some(problem) = expected("id", &experiment.id, &planned.id) {
         found.at(&path, &problem);
     }
-    match experiment.config_hash(&manifest.context) {
+    match manifest.digest(&experiment) {
         Ok(hash) if hash == planned.config_hash => {}
         Ok(hash) => {
             let text = format!("its digest is {hash}, run.json has {}", planned.config_hash);
@@ -622,12 +754,19 @@ fn config(
     Some(experiment)
 }
 
+/// What a summary is made from.
+struct Sources<'a> {
+    rows: &'a CellRows,
+    reference: Option<&'a CellRows>,
+    twin: Option<String>,
+}
+
 /// `summary/<ID>.json`: what its rows give.
 fn summary(
     root: &Path,
     manifest: &Manifest,
     planned: &ManifestCell,
-    (rows, reference): (&CellRows, Option<&CellRows>),
+    sources: Sources<'_>,
     finished: bool,
     found: &mut Findings,
 ) {
@@ -649,12 +788,19 @@ fn summary(
             return found.line(&path, error.line(), &format!("not JSON: {}", words(&error)));
         }
     };
-    let Some(summary) = summarize(rows, reference, manifest.ln_vocab) else {
+    let Some(summary) = summarize(sources.rows, sources.reference, manifest.ln_vocab) else {
         return;
+    };
+    let of = planned.alias_of.as_deref().unwrap_or(&planned.id);
+    let lines = match read_drift(&root.join("drift").join(format!("{of}.jsonl"))) {
+        Ok(lines) => lines,
+        Err(error) => return found.problems.push(error.to_string()),
     };
     let summary = Summary {
         experiment: planned.id.clone(),
         suite: planned.suite.clone(),
+        drift: summarize_drift(&lines),
+        twin: sources.twin,
         ..summary
     };
     let again = serde_json::to_string(&summary).and_then(|text| serde_json::from_str(&text));
@@ -688,7 +834,7 @@ fn summary(
 
 /// Files of rows that no cell of the manifest has.
 fn strays(root: &Path, manifest: &Manifest, found: &mut Findings) {
-    for folder in ["raw", "traces"] {
+    for folder in ["raw", "traces", "drift"] {
         let Ok(entries) = std::fs::read_dir(root.join(folder)) else {
             continue;
         };

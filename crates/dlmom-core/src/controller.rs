@@ -6,7 +6,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{ControllerSpec, Gate, Start};
+use crate::spec::{ControllerSpec, Gate, Start, TriggerSpec};
 use crate::validate::SpecError;
 
 /// What the next input is.
@@ -54,8 +54,17 @@ pub enum Reason {
     Converging,
     /// Trend gate: the mean is at least `alpha`, or it is above convergence and not falling.
     Uncertain,
-    /// Trend gate: neither converging nor uncertain, so the mode stays.
+    /// Trend gate: neither converging nor uncertain, so the mode stays. Reference gate: the entropy is
+    /// not on the other side of the reference.
     Keep,
+    /// Reference gate: the entropy is above that of the block's first step.
+    AboveReference,
+    /// Reference gate: the entropy is below that of the block's first step.
+    BelowReference,
+    /// One-block gate: the entropy is below `alpha`, but not for long enough yet.
+    Patience,
+    /// One-block gate: the block has ended.
+    NoReturn,
     /// The gate of a control.
     Always,
     /// The first step is latent because the specification says so.
@@ -70,6 +79,12 @@ pub enum Reason {
     EosCertain,
     /// Forced: the remaining steps are reserved for the answer.
     AnswerReserve,
+    /// Forced: the text that ends the thinking has been printed.
+    Locked,
+    /// Forced: the answer has been asked for, after too many exits.
+    Terminated,
+    /// A control follows the modes of another run.
+    Scheduled,
     /// The entropy is not a finite number.
     NotFinite,
     /// A user's own rule said so.
@@ -89,6 +104,10 @@ impl Reason {
             Self::Converging => "converging",
             Self::Uncertain => "uncertain",
             Self::Keep => "keep",
+            Self::AboveReference => "above_reference",
+            Self::BelowReference => "below_reference",
+            Self::Patience => "patience",
+            Self::NoReturn => "no_return",
             Self::Always => "always",
             Self::StartLatent => "start_latent",
             Self::Dwell => "dwell",
@@ -96,6 +115,9 @@ impl Reason {
             Self::LatentBudget => "latent_budget",
             Self::EosCertain => "eos_certain",
             Self::AnswerReserve => "answer_reserve",
+            Self::Locked => "locked",
+            Self::Terminated => "terminated",
+            Self::Scheduled => "scheduled",
             Self::NotFinite => "not_finite",
             Self::Custom => "custom",
         }
@@ -116,6 +138,23 @@ pub enum Force {
     EosCertain,
     /// The last steps are kept for the answer.
     AnswerReserve,
+    /// The text that ends the thinking has been printed, or is the most probable token now.
+    Locked,
+    /// The answer has been asked for, after too many exits from latent mode.
+    Terminated,
+}
+
+impl Force {
+    /// The reason it gives a decision.
+    #[must_use]
+    pub const fn reason(self) -> Reason {
+        match self {
+            Self::EosCertain => Reason::EosCertain,
+            Self::AnswerReserve => Reason::AnswerReserve,
+            Self::Locked => Reason::Locked,
+            Self::Terminated => Reason::Terminated,
+        }
+    }
 }
 
 /// The outcome of one observation.
@@ -199,10 +238,7 @@ impl Limits {
         } else if self.latent_steps >= self.spec.max_latent_steps {
             Reason::LatentBudget
         } else {
-            match force? {
-                Force::EosCertain => Reason::EosCertain,
-                Force::AnswerReserve => Reason::AnswerReserve,
-            }
+            force?.reason()
         };
         Some((Mode::Explicit, reason))
     }
@@ -262,6 +298,10 @@ impl Limits {
 pub struct GateController {
     limits: Limits,
     window: VecDeque<f64>,
+    /// Entropy of the current block's first step.
+    reference: f64,
+    /// Entropies below `alpha` up to the last, one after another.
+    below: u32,
 }
 
 /// A user's [`Rule`] in place of the gate, under the same budget, cap, dwell and forced exits.
@@ -314,6 +354,8 @@ impl GateController {
         Ok(Self {
             limits: Limits::new(spec)?,
             window: VecDeque::new(),
+            reference: f64::NAN,
+            below: 0,
         })
     }
 
@@ -349,8 +391,17 @@ impl GateController {
             }
             self.window.push_back(entropy);
         }
+        self.below = if entropy < self.limits.spec.alpha {
+            self.below.saturating_add(1)
+        } else {
+            0
+        };
         let (mode, reason) = self.decide(entropy, force);
-        self.limits.commit(mode, reason)
+        let decision = self.limits.commit(mode, reason);
+        if decision.switched || self.reference.is_nan() {
+            self.reference = entropy;
+        }
+        decision
     }
 
     /// Changes of mode so far, forced ones included.
@@ -378,9 +429,31 @@ impl GateController {
             Gate::AlwaysExplicit => (Mode::Explicit, Reason::Always),
             Gate::Threshold if above => (Mode::Latent, Reason::AboveAlpha),
             Gate::Threshold => (Mode::Explicit, Reason::BelowAlpha),
+            Gate::Reference => self.against_reference(entropy),
+            Gate::LatentThenExplicit if self.limits.mode == Some(Mode::Explicit) => {
+                (Mode::Explicit, Reason::NoReturn)
+            }
+            Gate::LatentThenExplicit if self.below >= self.limits.spec.patience => {
+                (Mode::Explicit, Reason::BelowAlpha)
+            }
+            Gate::LatentThenExplicit if self.below > 0 => (Mode::Latent, Reason::Patience),
+            Gate::LatentThenExplicit => (Mode::Latent, Reason::AboveAlpha),
             Gate::Trend if self.window.len() >= self.width() => self.trend(entropy),
             Gate::Trend if above => (Mode::Latent, Reason::WarmupAboveAlpha),
             Gate::Trend => (Mode::Explicit, Reason::WarmupBelowAlpha),
+        }
+    }
+
+    fn against_reference(&self, entropy: f64) -> (Mode, Reason) {
+        match self.limits.mode {
+            None => (Mode::Latent, Reason::StartLatent),
+            Some(Mode::Latent) if entropy < self.reference => {
+                (Mode::Explicit, Reason::BelowReference)
+            }
+            Some(Mode::Explicit) if entropy > self.reference => {
+                (Mode::Latent, Reason::AboveReference)
+            }
+            Some(mode) => (mode, Reason::Keep),
         }
     }
 
@@ -454,5 +527,194 @@ impl Controller for GateController {
 
     fn mode(&self) -> Option<Mode> {
         self.limits.mode
+    }
+}
+
+/// The modes of a run as lengths of its stretches: explicit, latent, explicit and so on, the first
+/// possibly 0. After the last the mode is explicit.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Schedule {
+    runs: Vec<u32>,
+}
+
+impl Schedule {
+    /// Adds the mode of one more step.
+    pub fn push(&mut self, mode: Mode) {
+        // Stretches with an odd place are latent.
+        let open = match self.runs.len() {
+            0 => None,
+            n if n % 2 == 0 => Some(Mode::Latent),
+            _ => Some(Mode::Explicit),
+        };
+        if open != Some(mode) {
+            if open.is_none() && mode == Mode::Latent {
+                self.runs.push(0);
+            }
+            self.runs.push(0);
+        }
+        if let Some(last) = self.runs.last_mut() {
+            *last += 1;
+        }
+    }
+
+    /// The mode of a step, explicit beyond the end.
+    #[must_use]
+    pub fn mode(&self, step: u32) -> Mode {
+        let mut end = 0_u64;
+        for (place, &run) in self.runs.iter().enumerate() {
+            end += u64::from(run);
+            if u64::from(step) < end {
+                return if place % 2 == 1 {
+                    Mode::Latent
+                } else {
+                    Mode::Explicit
+                };
+            }
+        }
+        Mode::Explicit
+    }
+
+    /// Lengths of the stretches, explicit first.
+    #[must_use]
+    pub fn runs(&self) -> &[u32] {
+        &self.runs
+    }
+}
+
+impl From<Vec<u32>> for Schedule {
+    fn from(runs: Vec<u32>) -> Self {
+        Self { runs }
+    }
+}
+
+impl FromIterator<Mode> for Schedule {
+    fn from_iter<I: IntoIterator<Item = Mode>>(modes: I) -> Self {
+        let mut schedule = Self::default();
+        modes.into_iter().for_each(|mode| schedule.push(mode));
+        schedule
+    }
+}
+
+/// Follows the modes of another run whatever the entropies, within budget, cap and forced exits: the
+/// control that keeps exits and takes away what was fed in between.
+pub struct ScheduleController {
+    limits: Limits,
+    schedule: Schedule,
+    step: u32,
+}
+
+impl ScheduleController {
+    /// A controller before its first step. Fails if the specification is invalid.
+    pub fn new(spec: &ControllerSpec, schedule: Schedule) -> Result<Self, SpecError> {
+        let free = ControllerSpec {
+            min_dwell_latent: 0,
+            min_dwell_explicit: 0,
+            ..spec.clone()
+        };
+        Ok(Self {
+            limits: Limits::new(&free)?,
+            schedule,
+            step: 0,
+        })
+    }
+
+    /// The same, starting at a later step of the schedule.
+    #[must_use]
+    pub fn at(mut self, step: u32) -> Self {
+        self.step = step;
+        self
+    }
+}
+
+impl Controller for ScheduleController {
+    fn observe(
+        &mut self,
+        entropy: f64,
+        force: Option<Force>,
+    ) -> Result<Decision, ControllerFailure> {
+        let wish = self.schedule.mode(self.step);
+        self.step = self.step.saturating_add(1);
+        let (mode, reason) = self
+            .limits
+            .forced(entropy, force)
+            .unwrap_or_else(|| self.limits.bound(wish, Reason::Scheduled));
+        Ok(self.limits.commit(mode, reason))
+    }
+
+    fn switches(&self) -> u32 {
+        self.limits.switches
+    }
+
+    fn latent_steps(&self) -> u32 {
+        self.limits.latent_steps
+    }
+
+    fn mode(&self) -> Option<Mode> {
+        self.limits.mode
+    }
+}
+
+/// What an exit from latent mode injects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Inject {
+    /// The text that ends the thinking.
+    Converge,
+    /// The text that asks for the answer.
+    Terminate,
+}
+
+/// Counts a sample's exits from latent mode and says what each injects: pure and replayable.
+#[derive(Clone, Debug)]
+pub struct Triggers {
+    spec: TriggerSpec,
+    exits: u32,
+    /// Tokens that may still be printed, once the answer has been asked for.
+    left: Option<u32>,
+}
+
+impl Triggers {
+    /// The state before the first step. Fails if the specification is invalid.
+    pub fn new(spec: &TriggerSpec) -> Result<Self, SpecError> {
+        spec.validate()?;
+        Ok(Self {
+            spec: spec.clone(),
+            exits: 0,
+            left: None,
+        })
+    }
+
+    /// One more switch from latent to explicit mode; what it injects in place of a token.
+    pub fn exit(&mut self) -> Option<Inject> {
+        self.exits = self.exits.saturating_add(1);
+        if self.left.is_some() || self.exits < self.spec.converge_after {
+            None
+        } else if self.exits <= self.spec.terminate_after {
+            Some(Inject::Converge)
+        } else {
+            self.left = Some(self.spec.terminate_steps);
+            Some(Inject::Terminate)
+        }
+    }
+
+    /// One more printed token; whether it was the last.
+    pub fn printed(&mut self) -> bool {
+        if let Some(left) = &mut self.left {
+            *left = left.saturating_sub(1);
+        }
+        self.left == Some(0)
+    }
+
+    /// The exit forced at every step once the answer has been asked for.
+    #[must_use]
+    pub fn force(&self) -> Option<Force> {
+        self.left.map(|_| Force::Terminated)
+    }
+
+    /// Exits so far.
+    #[must_use]
+    pub fn exits(&self) -> u32 {
+        self.exits
     }
 }

@@ -46,6 +46,8 @@ pub struct Stats {
     pub mean: f64,
     /// Largest logit.
     pub max: f32,
+    /// Its place, the first of several.
+    pub best: u32,
     /// `ln sum_i exp(z_i)`.
     pub log_z: f64,
     /// `-sum_i p_i ln p_i` of the softmax, in nats; at least 0.
@@ -73,12 +75,14 @@ pub fn stats(logits: &[f32]) -> Stats {
     if !finite {
         return Stats::default();
     }
+    let best = logits.iter().position(|&z| z >= max).unwrap_or(0) as u32;
     let shift = f64::from(max);
     let (sum, weighted) = partition(logits, shift, 1.0);
     let log_sum = libm::log(sum);
     Stats {
         mean: total / logits.len() as f64,
         max,
+        best,
         log_z: shift + log_sum,
         entropy: at_least_zero(log_sum - weighted / sum),
         finite: true,

@@ -3,11 +3,21 @@
 //! The interface is slices in, one reused readout out, so that a fused kernel can replace the
 //! implementation without touching its callers.
 
-use crate::consensus::Consensus;
-use crate::entropy::{Stats, at_least_zero, stats};
+use crate::consensus::{Consensus, Views};
+use crate::entropy::{Stats, at_least_zero, partition, stats};
 use crate::exp::exp_nonpositive;
 use crate::sampling::{Draw, draw_with};
+use crate::stream::Stream;
 use crate::topk::{by_value_then_id, top_k};
+
+/// A token's log-probability under several temperatures, for fitting one.
+#[derive(Clone, Copy, Debug)]
+pub struct Tempered<'a> {
+    /// The token.
+    pub target: u32,
+    /// Temperatures above 0.
+    pub temperatures: &'a [f64],
+}
 
 /// What a readout must hold.
 #[derive(Clone, Copy, Debug, Default)]
@@ -18,8 +28,14 @@ pub struct Request<'a> {
     pub per_agent_top: usize,
     /// Token ids whose log-probabilities are wanted.
     pub targets: Option<&'a [u32]>,
+    /// A token whose log-probability is wanted of every expert under several temperatures.
+    pub tempered: Option<Tempered<'a>>,
     /// Draws an explicit token from the merged distribution.
     pub draw: Option<Draw>,
+    /// Tokens that the draw's repetition penalty falls on.
+    pub seen: &'a [u32],
+    /// Randomness of consensus operators that draw.
+    pub stream: Option<Stream>,
     /// Ids whose merged probability is summed, such as the end-of-sequence set. Repeated ids count
     /// once, ids outside the vocabulary have probability 0.
     pub role: &'a [u32],
@@ -34,6 +50,10 @@ pub struct RowReadout {
     pub entropies: Vec<f64>,
     /// Entropy of the merged distribution, in nats.
     pub merged_entropy: f64,
+    /// Whether the experts were merged; false for one expert, and where a gate let one decide alone.
+    pub merged: bool,
+    /// Whether all experts have the same most probable token.
+    pub agreed: bool,
     /// Most probable ids of the merged distribution, by `probs` descending, then id ascending.
     pub ids: Vec<u32>,
     /// Probabilities of `ids`, renormalised to sum 1. The far tail may underflow to 0.
@@ -50,15 +70,33 @@ pub struct RowReadout {
     pub target_logprobs: Vec<f64>,
     /// Per expert, `ln p` of the targets under its own softmax.
     pub per_agent_target_logprobs: Vec<Vec<f64>>,
+    /// Per expert, `ln p` of the tempered target under its own softmax at each temperature; `-inf`
+    /// outside the vocabulary.
+    pub tempered: Vec<Vec<f64>>,
 }
 
-/// Buffers reused from row to row; holds no result.
+/// Buffers reused from row to row.
 #[derive(Clone, Debug, Default)]
 pub struct Scratch {
+    /// Whether the last row read had one expert, whose centred row is then its preferences.
+    single: bool,
     stats: Vec<Stats>,
     centred: Vec<f32>,
     merged: Vec<f32>,
+    penalised: Vec<f32>,
     top: Vec<(u32, f32)>,
+}
+
+impl Scratch {
+    /// The merged preferences of the last row that was read without failing: V logits.
+    #[must_use]
+    pub fn preferences(&self) -> &[f32] {
+        if self.single {
+            &self.centred
+        } else {
+            &self.merged
+        }
+    }
 }
 
 /// Reads one row: experts' float32 logits, each of length V, to entropies, merged packet, draw and
@@ -81,9 +119,11 @@ pub fn read_row(
     debug_assert!(experts.iter().all(|row| row.len() == vocab));
     clear(out);
     let Scratch {
+        single,
         stats: expert_stats,
         centred,
         merged,
+        penalised,
         top,
     } = scratch;
 
@@ -104,13 +144,19 @@ pub fn read_row(
     if out.finite.contains(&false) {
         return fail(out);
     }
-    let merged: &[f32] = if experts.len() == 1 {
+    *single = experts.len() == 1;
+    let merged: &[f32] = if *single {
         centred
     } else {
         merged.clear();
         merged.resize(vocab, 0.0);
         let rows: Vec<&[f32]> = centred.chunks_exact(vocab).collect();
-        consensus.merge(&rows, merged);
+        let views = Views {
+            centred: &rows,
+            stats: expert_stats,
+            stream: request.stream,
+        };
+        out.merged = consensus.merge(&views, merged);
         merged
     };
     let merged_stats = stats(merged);
@@ -120,6 +166,7 @@ pub fn read_row(
     }
 
     out.entropies.extend(expert_stats.iter().map(|s| s.entropy));
+    out.agreed = expert_stats.iter().all(|s| s.best == expert_stats[0].best);
     out.merged_entropy = merged_stats.entropy;
     let probability = |z: f32, s: &Stats| exp_nonpositive(f64::from(z) - s.log_z);
 
@@ -168,10 +215,29 @@ pub fn read_row(
         );
     }
 
+    out.tempered.clear();
+    if let Some(Tempered {
+        target,
+        temperatures,
+    }) = request.tempered
+    {
+        out.tempered
+            .extend(experts.iter().zip(&*expert_stats).map(|(row, s)| {
+                let Some(&z) = row[..vocab].get(target as usize) else {
+                    return vec![f64::NEG_INFINITY; temperatures.len()];
+                };
+                let max = f64::from(s.max);
+                let log_p = |t: f64| {
+                    let (sum, _) = partition(&row[..vocab], max, t);
+                    (f64::from(z) - max) / t - libm::log(sum)
+                };
+                temperatures.iter().map(|&t| log_p(t)).collect()
+            }));
+    }
     out.drawn = request
         .draw
         .as_ref()
-        .map(|draw| draw_with(merged, draw, top));
+        .map(|draw| draw_with(merged, draw, request.seen, penalised, top));
 }
 
 fn log_probs(row: &[f32], s: &Stats, targets: &[u32], out: &mut Vec<f64>) {
@@ -187,6 +253,8 @@ fn clear(out: &mut RowReadout) {
     out.finite.clear();
     out.entropies.clear();
     out.merged_entropy = 0.0;
+    out.merged = false;
+    out.agreed = false;
     out.ids.clear();
     out.probs.clear();
     out.mass = 0.0;
@@ -196,8 +264,10 @@ fn clear(out: &mut RowReadout) {
 }
 
 fn fail(out: &mut RowReadout) {
+    out.merged = false;
     out.per_agent.clear();
     out.per_agent_target_logprobs.clear();
+    out.tempered.clear();
 }
 
 /// How far one next-token distribution is from another.

@@ -1,6 +1,6 @@
 //! Drawing an explicit token from the full merged distribution.
 
-use crate::entropy::partition;
+use crate::entropy::{partition, stats};
 use crate::exp::exp_nonpositive;
 use crate::spec::SamplingSpec;
 use crate::stream::{Purpose, Stream};
@@ -23,16 +23,47 @@ pub struct Draw {
 /// `min_p` times the largest probability. One uniform draw is then looked up in the cumulative
 /// distribution of the survivors, ordered by probability descending and id ascending. All f64.
 /// An empty row gives 0; a row with infinities is drawn greedily.
+///
+/// With a repetition penalty r, the log-probabilities of the tokens in `seen` are first multiplied by
+/// r: `p` becomes `p^r`, before renormalising. As logits they are `ln Z + r (z - ln Z)`, so that every
+/// other token keeps its logit to the bit. Ids beyond the row are ignored, and an id named twice counts
+/// once.
 #[must_use]
-pub fn draw(logits: &[f32], draw: &Draw) -> u32 {
-    draw_with(logits, draw, &mut Vec::new())
+pub fn draw(logits: &[f32], draw: &Draw, seen: &[u32]) -> u32 {
+    draw_with(logits, draw, seen, &mut Vec::new(), &mut Vec::new())
+}
+
+/// [`draw`] with its buffers: a row and a list of the most probable tokens.
+pub(crate) fn draw_with(
+    logits: &[f32],
+    draw: &Draw,
+    seen: &[u32],
+    row: &mut Vec<f32>,
+    top: &mut Vec<(u32, f32)>,
+) -> u32 {
+    let penalty = draw.sampling.repetition_penalty;
+    if penalty == 1.0 || seen.is_empty() {
+        return draw_from(logits, draw, top);
+    }
+    let found = stats(logits);
+    if !found.finite {
+        return draw_from(logits, draw, top);
+    }
+    row.clear();
+    row.extend_from_slice(logits);
+    for &id in seen {
+        if let (Some(slot), Some(&z)) = (row.get_mut(id as usize), logits.get(id as usize)) {
+            *slot = (found.log_z + penalty * (f64::from(z) - found.log_z)) as f32;
+        }
+    }
+    draw_from(row, draw, top)
 }
 
 /// Ordered tokens looked at first when no `top_k` bounds them; the prefix then grows by [`GROWTH`].
 const PREFIX: usize = 256;
 const GROWTH: usize = 8;
 
-pub(crate) fn draw_with(logits: &[f32], draw: &Draw, top: &mut Vec<(u32, f32)>) -> u32 {
+fn draw_from(logits: &[f32], draw: &Draw, top: &mut Vec<(u32, f32)>) -> u32 {
     top_k(logits, 1, top);
     let Some(&(best, max)) = top.first() else {
         return 0;
@@ -42,6 +73,7 @@ pub(crate) fn draw_with(logits: &[f32], draw: &Draw, top: &mut Vec<(u32, f32)>) 
         top_k: keep,
         top_p,
         min_p,
+        ..
     } = draw.sampling;
     if draw.sampling.is_greedy() || !max.is_finite() {
         return best;

@@ -16,6 +16,12 @@ pub enum Purpose {
     Shuffle = 4,
     /// Choice of an expert.
     Expert = 5,
+    /// Direction of the control noise of a given divergence.
+    Tilt = 6,
+    /// Choice of another item's packet or transcript in a control.
+    Donor = 7,
+    /// Choice of an item in a bootstrap sample.
+    Resample = 8,
 }
 
 /// The stream of one sample at one step.

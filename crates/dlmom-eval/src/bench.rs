@@ -256,6 +256,7 @@ mod tests {
             id: "1".into(),
             question: question.into(),
             gold: "3".into(),
+            solution: None,
             task,
         }
     }

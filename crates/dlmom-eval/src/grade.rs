@@ -114,6 +114,7 @@ mod tests {
             id: "1".into(),
             question: question.into(),
             gold: gold.into(),
+            solution: None,
             task,
         }
     }

@@ -67,6 +67,9 @@ pub struct Item {
     /// For a number, what follows the last `####` of the answer, calculator annotations `<<..>>` removed; for a choice, the
     /// letter of the right option; for code, the reference solution.
     pub gold: String,
+    /// A worked answer in the form that models are asked for, where the data set has one: the whole answer of a number, without
+    /// annotations; the reference solution of code; none for a choice.
+    pub solution: Option<String>,
     /// What answers it.
     pub task: Task,
 }
@@ -269,6 +272,11 @@ fn parse_row(schema: Schema, place: Place<'_>, raw: &str) -> Result<Item, ItemsE
         Schema::HumanEval => code(place, row)?,
         Schema::Arc => choice(place, row)?,
     };
+    let solution = match schema {
+        Schema::Gsm8k => row.get("answer").and_then(Value::as_str).map(plain),
+        Schema::HumanEval => Some(gold.clone()),
+        Schema::Arc => None,
+    };
     let id = match own_id(place, row, schema)? {
         Some(id) => id,
         None => sha256_hex(canonical_json(&value).as_bytes())[..32].to_owned(),
@@ -277,6 +285,7 @@ fn parse_row(schema: Schema, place: Place<'_>, raw: &str) -> Result<Item, ItemsE
         id,
         question,
         gold,
+        solution,
         task,
     })
 }
@@ -491,18 +500,24 @@ impl Place<'_> {
 /// What follows the last `####`, without calculator annotations.
 fn gold_of(answer: &str) -> Option<String> {
     let (_, tail) = answer.rsplit_once("####")?;
-    let mut gold = String::with_capacity(tail.len());
-    let mut rest = tail;
+    let gold = plain(tail);
+    let gold = gold.trim();
+    (!gold.is_empty()).then(|| gold.to_owned())
+}
+
+/// A text without calculator annotations, `<<..>>`.
+fn plain(text: &str) -> String {
+    let mut kept = String::with_capacity(text.len());
+    let mut rest = text;
     while let Some(start) = rest.find("<<") {
-        gold.push_str(&rest[..start]);
+        kept.push_str(&rest[..start]);
         rest = match rest[start..].find(">>") {
             Some(end) => &rest[start + end + 2..],
             None => "",
         };
     }
-    gold.push_str(rest);
-    let gold = gold.trim();
-    (!gold.is_empty()).then(|| gold.to_owned())
+    kept.push_str(rest);
+    kept
 }
 
 fn kind(value: &Value) -> &'static str {

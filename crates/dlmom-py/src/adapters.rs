@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use dlmom_core::{Consensus, ControllerFailure, Mode, Rule};
+use dlmom_core::{Consensus, ControllerFailure, Mode, Rule, Views};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes};
@@ -114,9 +114,9 @@ impl Consensus for PyConsensus {
         &self.name
     }
 
-    fn merge(&self, centred: &[&[f32]], out: &mut [f32]) {
+    fn merge(&self, views: &Views<'_>, out: &mut [f32]) -> bool {
         Python::attach(|py| {
-            if let Err(error) = self.call(py, centred, out) {
+            if let Err(error) = self.call(py, views.centred, out) {
                 // Zeros are finite, so the row is read out; the loop asks for the failure before it uses the row.
                 out.fill(0.0);
                 if let Ok(mut failure) = self.failure.lock() {
@@ -124,6 +124,7 @@ impl Consensus for PyConsensus {
                 }
             }
         });
+        true
     }
 
     fn take_failure(&self) -> Option<Box<dyn std::error::Error + Send + Sync>> {

@@ -1,10 +1,10 @@
 //! [`Backend`] over the Python engine: packs feeds into byte buffers, borrows logits without copying.
 
-use dlmom_core::Consensus;
 use dlmom_packet::BeliefPacket;
 use dlmom_runtime::{
-    AgentId, Assembler, Backend, BackendError, Embeddings, EnsembleInfo, Feed, LaneId, LaneSpec,
-    MemoryStats, ModelId, ModelInfo, Payload, PromptSource, Readout, Row, SlotId, check_rows,
+    AgentId, Align, Assembler, Backend, BackendError, Embeddings, EnsembleInfo, Feed, LaneId,
+    LaneSpec, MemoryStats, ModelId, ModelInfo, Payload, PromptSource, Readout, Row, SlotId,
+    check_rows,
 };
 use pyo3::exceptions::{
     PyKeyboardInterrupt, PyMemoryError, PySystemExit, PyTypeError, PyValueError,
@@ -86,6 +86,8 @@ struct Call {
     step_feed: Packed,
     /// Rows of the step that take in something other than a packet.
     step_payloads: [Values; 2],
+    /// Slots whose last hidden states are kept.
+    hidden: Vec<u32>,
 }
 
 /// Kinds of payload, in the order of [`Call::step_payloads`].
@@ -164,8 +166,8 @@ fn pack(feed: &Feed<'_>, into: &mut Packed) -> Result<(), BackendError> {
             into.positions = feed.positions();
         }
         Feed::Hidden { .. } => {
-            return Err(BackendError::Unsupported(
-                "hidden payloads are not built yet".into(),
+            return Err(BackendError::Invalid(
+                "a hidden state must be read before it is packed".into(),
             ));
         }
     }
@@ -223,6 +225,7 @@ fn read_info(engine: &Bound<'_, PyAny>) -> PyResult<EnsembleInfo> {
             path: text(model, "path")?,
             path_reason: text(model, "path_reason")?,
             attention: text(model, "attention")?,
+            kv_bytes_per_position: text(model, "kv_bytes_per_position")?,
         });
     }
     let agents: Vec<u32> = text(info, "agents")?;
@@ -305,7 +308,7 @@ impl PyBackend {
                     payloads,
                 ))
             };
-            list.append((agent, spans, step))?;
+            list.append((agent, spans, step, call.hidden.clone()))?;
         }
         self.engine.bind(py).call_method1("advance", (list,))
     }
@@ -428,28 +431,23 @@ impl Backend for PyBackend {
         })
     }
 
-    fn advance(
-        &mut self,
-        rows: &[Row<'_>],
-        consensus: &dyn Consensus,
-        out: &mut Readout,
-    ) -> Result<(), BackendError> {
+    fn advance(&mut self, rows: &[Row<'_>], out: &mut Readout) -> Result<(), BackendError> {
         check_rows(&self.info, rows)?;
+        let states = self.states(rows)?;
+        let resolved = resolve(rows, &states);
+        let feeds_of = |index: usize| -> &[(AgentId, Feed<'_>)] {
+            resolved[index].as_deref().unwrap_or(rows[index].feeds)
+        };
         let agents = self.info.agents.len();
         let mut calls: Vec<Call> = (0..agents).map(|_| Call::default()).collect();
         // For each row and agent: which of the agent's outputs holds its logits.
         let mut places: Vec<Vec<Option<(bool, usize)>>> = vec![vec![None; agents]; rows.len()];
-        for row in rows {
+        for (index, row) in rows.iter().enumerate() {
             if row.merge.is_empty() {
                 return Err(BackendError::Invalid(format!(
                     "slot {} merges no agent",
                     row.slot
                 )));
-            }
-            if row.want.hidden {
-                return Err(BackendError::Unsupported(
-                    "hidden states are not built yet".into(),
-                ));
             }
             if row
                 .want
@@ -461,7 +459,7 @@ impl Backend for PyBackend {
                     row.slot
                 )));
             }
-            for (agent, feed) in row.feeds {
+            for (agent, feed) in feeds_of(index) {
                 if feed.positions() == 1 {
                     let call = &mut calls[agent.index()];
                     call.step_feed.k = call.step_feed.k.max(width(feed));
@@ -469,8 +467,11 @@ impl Backend for PyBackend {
             }
         }
         for (index, row) in rows.iter().enumerate() {
-            for (agent, feed) in row.feeds {
+            for (agent, feed) in feeds_of(index) {
                 let call = &mut calls[agent.index()];
+                if row.want.hidden {
+                    call.hidden.push(row.slot.0);
+                }
                 if feed.positions() == 1 {
                     if let Feed::Payload(payload) = feed {
                         let (kind, bytes) = payload_bytes(payload);
@@ -524,9 +525,7 @@ impl Backend for PyBackend {
             let (span, at) = places[row][agent.index()]?;
             outputs[agent.index()][usize::from(span)].as_ref()?.row(at)
         };
-        let result = self
-            .assembler
-            .assemble(&self.info, rows, consensus, &find, out);
+        let result = self.assembler.assemble(&self.info, rows, &find, out);
         if result.is_err() {
             self.take_back(rows)?;
         }
@@ -563,6 +562,30 @@ impl Backend for PyBackend {
                 })
             };
             call().map_err(|error| backend_error(py, error, "mixture embeddings"))
+        })
+    }
+
+    fn hidden(&mut self, lanes: &[LaneId], align: Align) -> Result<Embeddings, BackendError> {
+        let lanes: Vec<(u32, u32)> = lanes.iter().map(|&lane| lane_tuple(lane)).collect();
+        Python::attach(|py| {
+            let call = || -> PyResult<Embeddings> {
+                let answer = self
+                    .engine
+                    .bind(py)
+                    .call_method1("hidden", (lanes, align == Align::Ridge))?;
+                let (bytes, hidden): (Bound<'_, PyBytes>, u32) = answer.extract()?;
+                Ok(Embeddings {
+                    values: floats(bytes.as_bytes()),
+                    hidden,
+                })
+            };
+            call().map_err(|error| {
+                if error.is_instance_of::<PyValueError>(py) {
+                    BackendError::Invalid(error.value(py).to_string())
+                } else {
+                    backend_error(py, error, "hidden states")
+                }
+            })
         })
     }
 
@@ -619,7 +642,34 @@ impl Backend for PyBackend {
     }
 }
 
+/// Embeddings that stand in for the hidden states a call names: row, place in its feeds, payload.
+type States = Vec<(usize, usize, Payload)>;
+
+/// The feeds of rows that name hidden states, with the embeddings in their place.
+fn resolve<'a>(rows: &[Row<'a>], states: &'a States) -> Vec<Option<Vec<(AgentId, Feed<'a>)>>> {
+    let mut resolved: Vec<Option<Vec<(AgentId, Feed<'a>)>>> = vec![None; rows.len()];
+    for (row, place, payload) in states {
+        let feeds = resolved[*row].get_or_insert_with(|| rows[*row].feeds.to_vec());
+        feeds[*place].1 = Feed::Payload(payload);
+    }
+    resolved
+}
+
 impl PyBackend {
+    /// Reads the hidden states that rows name as feeds.
+    fn states(&mut self, rows: &[Row<'_>]) -> Result<States, BackendError> {
+        let mut states = Vec::new();
+        for (index, row) in rows.iter().enumerate() {
+            for (place, (_, feed)) in row.feeds.iter().enumerate() {
+                if let Feed::Hidden { from, align } = *feed {
+                    let Embeddings { values, hidden } = self.hidden(&[from], align)?;
+                    states.push((index, place, Payload::Embed { values, hidden }));
+                }
+            }
+        }
+        Ok(states)
+    }
+
     fn call(
         &self,
         what: &str,

@@ -25,7 +25,10 @@ mod _core {
         RunDataError,
     };
     #[pymodule_export]
-    use crate::loops::{CancelToken, PySession, conformance, conformance_of_parts, loop_config};
+    use crate::loops::{
+        CancelToken, PySession, conformance, conformance_of_parts, loop_config, role_prompts,
+        seating,
+    };
     #[pymodule_export]
     use crate::table::{ArrowTable, run_table};
     #[pymodule_export]

@@ -5,15 +5,17 @@ use std::ops::ControlFlow;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dlmom_core::{
-    AlphaUnit, Controller, ControllerFailure, ControllerSpec, Gate, RuleController, Start,
-};
+use dlmom_core::{Controller, ControllerFailure, ControllerSpec, RuleController};
 use dlmom_packet::BeliefPacket;
-use dlmom_runs::{Overrides, Registry, Setting};
-use dlmom_runtime::conformance::{Preset, Settings, check, check_consensus, check_controller};
+use dlmom_runs::{
+    CellKind, Overrides, PRESETS, Placement, Preset, REF, Registry, Seating, Setting,
+};
+use dlmom_runtime::conformance::{
+    Preset as Rules, Settings, check, check_consensus, check_controller,
+};
 use dlmom_runtime::{
-    EnsembleInfo, Hooks, Job, LoopConfig, MemoryStats, Outcome, RunError, RunOptions, Session,
-    Sink, StepEvent,
+    EnsembleInfo, Hooks, Job, LoopConfig, MemoryStats, Outcome, PromptSource, RunError, RunOptions,
+    Session, Sink, StepEvent,
 };
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -112,10 +114,17 @@ fn describe(event: &StepEvent<'_>) -> Value {
         "merged_entropy": read.merged_entropy,
         "mass": read.mass,
         "noise_kl": event.noise_kl,
+        "noise_js": event.noise_js,
+        "agent": event.agent,
         "token": event.token,
-        "bytes_of_token": event
+        "injected_tokens": event.injected.len(),
+        "printed": event
             .token
-            .and_then(|t| event.model.token_bytes.get(t as usize)),
+            .iter()
+            .chain(event.injected)
+            .filter_map(|&t| event.model.token_bytes.get(t as usize))
+            .flatten()
+            .collect::<Vec<_>>(),
         "top_ids": &ids[..keep],
         "top_probs": &probs[..keep],
         "top_tokens": ids[..keep].iter().map(|&id| event.model.decode(&[id])).collect::<Vec<_>>(),
@@ -124,30 +133,84 @@ fn describe(event: &StepEvent<'_>) -> Value {
     })
 }
 
-/// The reference pipeline's loop configuration as JSON, for `experts` agents, of one model or of several.
+/// A topology with its agents as JSON; `name` is a shipped one's or a file's.
 #[pyfunction]
-pub fn loop_config(experts: usize, shared_model: bool) -> PyResult<String> {
+pub fn seating(name: &str, experts: usize) -> PyResult<String> {
     let wrong = |e: String| ConfigError::new_err(e);
-    let registry = Registry::builtin().map_err(|e| wrong(e.to_string()))?;
-    let setting = Setting {
+    let seating = dlmom_runs::seating(name, experts).map_err(|e| wrong(e.to_string()))?;
+    serde_json::to_string(&seating).map_err(|e| wrong(e.to_string()))
+}
+
+/// A prompt (JSON) as every agent of a seating (JSON) is asked it: a JSON list.
+#[pyfunction]
+pub fn role_prompts(seating: &str, source: &str) -> PyResult<String> {
+    let wrong = |e: serde_json::Error| ConfigError::new_err(format!("prompt: {e}"));
+    let seating: Seating = serde_json::from_str(seating).map_err(wrong)?;
+    let source: PromptSource = serde_json::from_str(source).map_err(wrong)?;
+    serde_json::to_string(&seating.prompts(&source)).map_err(wrong)
+}
+
+/// The loop configuration of the reference pipeline, or of a preset, for the agents of a seating (JSON), of one model or of
+/// several. JSON of `config`, the preset's `topology`, and the knobs to leave out for models without the token they name.
+#[pyfunction]
+#[pyo3(signature = (seating, shared_model, preset=None))]
+pub fn loop_config(seating: &str, shared_model: bool, preset: Option<&str>) -> PyResult<String> {
+    let wrong = |e: String| ConfigError::new_err(e);
+    let seating: Seating = serde_json::from_str(seating).map_err(|e| wrong(e.to_string()))?;
+    let preset = preset
+        .map(Preset::named)
+        .transpose()
+        .map_err(|e| wrong(e.to_string()))?;
+    if let Some(needed) = preset.as_ref().and_then(|p| p.topology.as_deref())
+        && needed != seating.name
+    {
+        return Err(wrong(format!(
+            "preset: it needs topology {needed}, and the ensemble was loaded with {}",
+            seating.name
+        )));
+    }
+    let mut registry = Registry::builtin().map_err(|e| wrong(e.to_string()))?;
+    let (suite, id) = match &preset {
+        None => ("A1", REF),
+        Some(preset) => {
+            registry.add(PRESETS, vec![preset.cell()]);
+            (PRESETS, preset.name.as_str())
+        }
+    };
+    let agents = Setting {
         shared_model,
-        experts,
+        experts: seating.seats.len(),
+        topology: seating.topology.clone(),
     };
     let plan = registry
         .expand(
-            &["A1".to_owned()],
-            &[dlmom_runs::REF.to_owned()],
-            setting,
+            &[suite.to_owned()],
+            &[id.to_owned()],
+            &agents,
             &Overrides::default(),
         )
         .map_err(|e| wrong(e.to_string()))?;
-    let config = plan
-        .runs()
-        .next()
-        .map(dlmom_runs::Experiment::loop_config)
-        .transpose()
+    let cell = plan
+        .cells
+        .iter()
+        .find(|cell| cell.experiment.id == id)
+        .ok_or_else(|| wrong(format!("{id} is missing")))?;
+    if let CellKind::Skip { reason } = &cell.kind {
+        return Err(wrong(format!("{id}: {reason}")));
+    }
+    let placement = Placement {
+        topology: seating.topology.clone(),
+        pilot: None,
+    };
+    let config = cell
+        .experiment
+        .loop_config(&placement)
         .map_err(|e| wrong(e.to_string()))?;
-    serde_json::to_string(&config).map_err(|e| wrong(e.to_string()))
+    let where_known: Vec<&str> = preset
+        .iter()
+        .flat_map(|p| p.where_known.iter().map(|knob| knob.as_str()))
+        .collect();
+    Ok(json!({ "config": config, "where_known": where_known }).to_string())
 }
 
 /// What a turn brings: whether there is more to do, the events with their packets, the finished samples with theirs.
@@ -210,7 +273,7 @@ impl PySession {
         }
         let options = RunOptions { max_failures, rows };
         let session = py
-            .detach(|| Session::new(&mut backend, &config, &options, hooks))
+            .detach(|| Session::new(&mut backend, &[config], &options, hooks))
             .map_err(|e| run_error(py, e))?;
         Ok(Self {
             inner: Mutex::new(Inner {
@@ -318,7 +381,7 @@ impl PySession {
 pub fn conformance(py: Python<'_>, engine: &Bound<'_, PyAny>, tolerance: f64) -> PyResult<()> {
     let mut backend = PyBackend::new(engine)?;
     py.detach(|| {
-        for preset in [Preset::Mean, Preset::Paper] {
+        for preset in [Rules::Mean, Rules::Paper] {
             check(&mut backend, Settings { tolerance, preset })?;
         }
         Ok(())
@@ -345,18 +408,10 @@ pub fn conformance_of_parts(
     if let Some(factory) = controller {
         // Budgets wide enough that every wish counts.
         let spec = ControllerSpec {
-            gate: Gate::Threshold,
-            w: None,
             alpha: 0.5,
-            alpha_unit: AlphaUnit::Normalized,
             cap: -1,
-            min_dwell_latent: 1,
-            min_dwell_explicit: 1,
-            convergence_threshold: None,
-            slope_eps: None,
-            var_eps: None,
             max_latent_steps: 1_000,
-            start: Start::Gate,
+            ..ControllerSpec::default()
         };
         let mut make = || -> Result<Box<dyn Controller>, ControllerFailure> {
             let rule = Box::new(PyRule::make(&factory)?);

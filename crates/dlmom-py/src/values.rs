@@ -3,8 +3,8 @@
 use std::str::FromStr;
 
 use dlmom_core::{
-    AlphaUnit, Consensus, ConsensusSpec, ControllerSpec, Decision, Force, Gate, GateController,
-    Request, RowReadout, Scratch, Start, read_row, stats,
+    ConsensusSpec, ControllerSpec, Decision, Force, GateController, Request, RowReadout, Scratch,
+    Stream, read_row,
 };
 use dlmom_packet::{
     BeliefPacket, Encoding, Meta, PacketReader, Transcript, decode_exact, encode as encode_packet,
@@ -307,22 +307,8 @@ impl From<Decision> for PyDecision {
 }
 
 fn controller_spec(json: &str) -> PyResult<ControllerSpec> {
-    let defaults = ControllerSpec {
-        gate: Gate::Threshold,
-        w: None,
-        alpha: 0.60,
-        alpha_unit: AlphaUnit::Normalized,
-        cap: 10,
-        min_dwell_latent: 1,
-        min_dwell_explicit: 1,
-        convergence_threshold: None,
-        slope_eps: None,
-        var_eps: None,
-        max_latent_steps: 40,
-        start: Start::Gate,
-    };
     let wrong = |e: serde_json::Error| ConfigError::new_err(format!("controller: {e}"));
-    let mut merged = serde_json::to_value(defaults).map_err(wrong)?;
+    let mut merged = serde_json::to_value(ControllerSpec::default()).map_err(wrong)?;
     let given: Value = serde_json::from_str(json).map_err(wrong)?;
     if let (Value::Object(merged), Value::Object(given)) = (&mut merged, given) {
         merged.extend(given);
@@ -351,7 +337,7 @@ impl PyController {
         })
     }
 
-    /// Decides the mode of the next step; `force` is None, `eos_certain` or `answer_reserve`.
+    /// Decides the mode of the next step; `force` is None, `eos_certain`, `answer_reserve`, `locked` or `terminated`.
     #[pyo3(signature = (entropy, force=None))]
     fn observe(&self, entropy: f64, force: Option<&str>) -> PyResult<PyDecision> {
         if !entropy.is_finite() {
@@ -359,15 +345,22 @@ impl PyController {
                 "entropy is {entropy}; it must be finite"
             )));
         }
+        let known = [
+            Force::EosCertain,
+            Force::AnswerReserve,
+            Force::Locked,
+            Force::Terminated,
+        ];
         let force = match force {
             None => None,
-            Some("eos_certain") => Some(Force::EosCertain),
-            Some("answer_reserve") => Some(Force::AnswerReserve),
-            Some(other) => {
-                return Err(PyValueError::new_err(format!(
-                    "force is {other:?}; it must be None, 'eos_certain' or 'answer_reserve'"
-                )));
-            }
+            Some(word) => match known.into_iter().find(|f| f.reason().as_str() == word) {
+                Some(force) => Some(force),
+                None => {
+                    return Err(PyValueError::new_err(format!(
+                        "force is {word:?}; it must be None, 'eos_certain', 'answer_reserve', 'locked' or 'terminated'"
+                    )));
+                }
+            },
         };
         Ok(self.locked()?.observe(entropy, force).into())
     }
@@ -425,18 +418,25 @@ impl PyController {
 }
 
 /// Merges K rows of logits, `K * vocab` f32 values little-endian, and answers with `vocab` of them:
-/// the merged centred preferences, and the K entropies and the merged one in nats.
+/// the merged preferences, and the K entropies and the merged one in nats. Operators that draw do so
+/// from `seed`.
 #[pyfunction]
 pub fn consensus_core<'py>(
     py: Python<'py>,
     logits: &[u8],
     vocab: usize,
     spec: &str,
+    seed: u64,
 ) -> PyResult<(Bound<'py, PyBytes>, Vec<f64>, f64)> {
     let spec: ConsensusSpec =
         serde_json::from_str(spec).map_err(|e| ConfigError::new_err(format!("consensus: {e}")))?;
-    spec.validate()
-        .map_err(|e| ConfigError::new_err(format!("consensus: {e}")))?;
+    let wrong = |e: String| ConfigError::new_err(format!("consensus: {e}"));
+    if spec.needs_pilot() {
+        return Err(wrong(
+            "what a pilot fits (weights: pilot, calibrate: temperature) has to be given as numbers"
+                .into(),
+        ));
+    }
     let values = floats(logits);
     if vocab == 0 || values.is_empty() || !values.len().is_multiple_of(vocab) {
         return Err(PyTypeError::new_err(format!(
@@ -444,28 +444,26 @@ pub fn consensus_core<'py>(
             values.len()
         )));
     }
+    spec.validate(Some(values.len() / vocab))
+        .map_err(|e| wrong(e.to_string()))?;
     let (merged, entropies, entropy) = py.detach(|| {
         let rows: Vec<&[f32]> = values.chunks_exact(vocab).collect();
         let mut out = RowReadout::default();
-        read_row(
-            &rows,
-            &spec,
-            &Request::default(),
-            &mut Scratch::default(),
-            &mut out,
-        );
-        let centred: Vec<Vec<f32>> = rows
-            .iter()
-            .map(|row| {
-                let mean = stats(row).mean;
-                row.iter().map(|&z| (f64::from(z) - mean) as f32).collect()
-            })
-            .collect();
-        let views: Vec<&[f32]> = centred.iter().map(Vec::as_slice).collect();
-        let mut merged = vec![0.0_f32; vocab];
-        if out.finite.iter().all(|f| *f) {
-            spec.merge(&views, &mut merged);
-        }
+        let mut scratch = Scratch::default();
+        let request = Request {
+            stream: Some(Stream {
+                seed,
+                sample: 0,
+                step: 0,
+            }),
+            ..Request::default()
+        };
+        read_row(&rows, &spec, &request, &mut scratch, &mut out);
+        let merged = if out.finite.iter().all(|f| *f) {
+            scratch.preferences().to_vec()
+        } else {
+            Vec::new()
+        };
         (
             (merged, out.finite.clone()),
             out.entropies,

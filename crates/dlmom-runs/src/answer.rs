@@ -1,11 +1,11 @@
 //! What `generate --json` prints: one answer with how it came about.
 
-use dlmom_runtime::{LoopConfig, Outcome, Spread, Stop, Trace};
+use dlmom_runtime::{HandoffRecord, LoopConfig, Outcome, Spread, Stop, Trace};
 use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Version of [`Answer`].
-pub const ANSWER_SCHEMA_VERSION: u32 = 1;
+pub const ANSWER_SCHEMA_VERSION: u32 = 2;
 
 /// One answer of an ensemble.
 #[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
@@ -37,6 +37,10 @@ pub struct Answer {
     pub latent_segments: Vec<u32>,
     /// Changes of mode.
     pub switches: u32,
+    /// Handoffs between agents, in order.
+    pub handoffs: Vec<HandoffRecord>,
+    /// Tokens of injected texts, fed and not counted as printed.
+    pub injected_tokens: u32,
     /// Prompt tokens of every agent.
     pub prompt_tokens: Vec<u32>,
     /// Positions forwarded by every agent, prompt included.
@@ -49,7 +53,8 @@ pub struct Answer {
     pub entropy: Spread,
     /// Mean top-k mass over latent steps; null without any.
     pub topk_mass: Option<f64>,
-    /// Mean `KL(p' || p)` of the noise over latent steps, nats; null without any.
+    /// Mean `KL(fed || packet)` of filter, noise and control over latent steps, nats; null without any, and where what was fed
+    /// has other tokens.
     pub noise_kl: Option<f64>,
     /// Wall time in seconds, loading not included.
     pub latency_s: f64,
@@ -83,6 +88,8 @@ impl Answer {
             latent_steps: outcome.latent_steps,
             latent_segments: outcome.latent_segments,
             switches: outcome.switches,
+            handoffs: outcome.handoff_log,
+            injected_tokens: outcome.injected_tokens,
             prompt_tokens: outcome.prompt_tokens,
             forward_tokens: outcome.forward_tokens,
             uplink_bytes: outcome.uplink_bytes,

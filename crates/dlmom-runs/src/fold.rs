@@ -83,6 +83,8 @@ pub struct Slim {
     pub output: u64,
     /// Printed tokens.
     pub explicit_tokens: u32,
+    /// Tokens of injected texts.
+    pub injected_tokens: u32,
     /// Latent steps.
     pub latent_steps: u32,
     /// Lengths of the latent segments.
@@ -91,6 +93,8 @@ pub struct Slim {
     pub switches: u32,
     /// Handoffs.
     pub handoffs: u32,
+    /// Bytes handed over.
+    pub handoff_bytes: u64,
     /// Prompt tokens.
     pub prompt_tokens: u64,
     /// Positions forwarded.
@@ -107,6 +111,12 @@ pub struct Slim {
     pub topk_mass: Option<f64>,
     /// Mean noise KL in nats.
     pub noise_kl: Option<f64>,
+    /// Mean Jensen-Shannon divergence of the same.
+    pub noise_js: Option<f64>,
+    /// Share of steps in which experts agree.
+    pub agreement: Option<f64>,
+    /// Share of steps in which experts were merged.
+    pub merge_rate: Option<f64>,
     /// Seconds.
     pub latency_s: f64,
     /// Seconds since the Unix epoch.
@@ -171,10 +181,15 @@ struct Line<'a> {
     text: Cow<'a, str>,
     failure: Option<Failure>,
     explicit_tokens: u32,
+    // Absent from rows of version 1.
+    #[serde(default)]
+    injected_tokens: u32,
     latent_steps: u32,
     latent_segments: Box<[u32]>,
     switches: u32,
     handoffs: u32,
+    #[serde(default)]
+    handoff_bytes: u64,
     prompt_tokens: u64,
     forward_tokens: u64,
     uplink_bytes: u64,
@@ -183,6 +198,12 @@ struct Line<'a> {
     entropy_hist: Box<[u32]>,
     topk_mass: Option<f64>,
     noise_kl: Option<f64>,
+    #[serde(default)]
+    noise_js: Option<f64>,
+    #[serde(default)]
+    agreement: Option<f64>,
+    #[serde(default)]
+    merge_rate: Option<f64>,
     latency_s: f64,
     started_at: f64,
     peak_device_bytes: Option<u64>,
@@ -330,10 +351,12 @@ fn slim(line: Line<'_>) -> Slim {
         correct_flexible: line.correct_flexible,
         failure: line.failure,
         explicit_tokens: line.explicit_tokens,
+        injected_tokens: line.injected_tokens,
         latent_steps: line.latent_steps,
         latent_segments: line.latent_segments,
         switches: line.switches,
         handoffs: line.handoffs,
+        handoff_bytes: line.handoff_bytes,
         prompt_tokens: line.prompt_tokens,
         forward_tokens: line.forward_tokens,
         uplink_bytes: line.uplink_bytes,
@@ -342,6 +365,9 @@ fn slim(line: Line<'_>) -> Slim {
         entropy_hist: line.entropy_hist,
         topk_mass: line.topk_mass,
         noise_kl: line.noise_kl,
+        noise_js: line.noise_js,
+        agreement: line.agreement,
+        merge_rate: line.merge_rate,
         latency_s: line.latency_s,
         started_at: line.started_at,
         peak_device_bytes: line.peak_device_bytes,

@@ -1,6 +1,7 @@
-//! A cell against the reference pipeline, item by item.
+//! A cell against another one, item by item.
 
-use dlmom_eval::stats::{mcnemar_exact, minimum_detectable_difference};
+use dlmom_core::{Purpose, Stream};
+use dlmom_eval::stats::{Interval, mcnemar_exact, mean, minimum_detectable_difference, quantile};
 use serde::{Deserialize, Serialize};
 
 use crate::fold::{CellRows, Slim, by_item};
@@ -38,28 +39,18 @@ pub struct Paired {
     pub identical: bool,
 }
 
+/// Resamples of [`bootstrap`].
+pub const RESAMPLES: usize = 10_000;
+
 /// Compares over the items both have. Rows pair by seed and sample where both cells draw; where one of them cannot, its row of
 /// the item pairs with every row of the other. `None` without a pair.
 #[must_use]
 pub fn compare(cell: &CellRows, reference: &CellRows) -> Option<Paired> {
-    let by_seed = !cell.deterministic && !reference.deterministic;
-    let theirs = by_item(&reference.rows);
     let mut rows = 0u64;
     let mut identical = true;
     let mut strict = Tally::default();
     let mut flexible = Tally::default();
-    for group in cell.rows.chunk_by(|a, b| a.item == b.item) {
-        let Some(other) = theirs.get(&*group[0].item) else {
-            continue;
-        };
-        let pairs: Vec<(&Slim, &Slim)> = group
-            .iter()
-            .flat_map(|a| other.iter().map(move |b| (a, b)))
-            .filter(|(a, b)| !by_seed || (a.seed, a.sample) == (b.seed, b.sample))
-            .collect();
-        if pairs.is_empty() {
-            continue;
-        }
+    for pairs in pairs(cell, reference) {
         rows += pairs.len() as u64;
         identical &= pairs.iter().all(|(a, b)| a.output == b.output);
         strict.add(&pairs, |r| r.correct);
@@ -71,6 +62,71 @@ pub fn compare(cell: &CellRows, reference: &CellRows) -> Option<Paired> {
         strict: strict.score(),
         flexible: flexible.score(),
         identical,
+    })
+}
+
+/// Pairs of rows of every item that both cells have, in the order of items; none is empty.
+fn pairs<'a>(cell: &'a CellRows, other: &'a CellRows) -> Vec<Vec<(&'a Slim, &'a Slim)>> {
+    let by_seed = !cell.deterministic && !other.deterministic;
+    let theirs = by_item(&other.rows);
+    cell.rows
+        .chunk_by(|a, b| a.item == b.item)
+        .filter_map(|group| {
+            let other = theirs.get(&*group[0].item)?;
+            let pairs: Vec<(&Slim, &Slim)> = group
+                .iter()
+                .flat_map(|a| other.iter().map(move |b| (a, b)))
+                .filter(|(a, b)| !by_seed || (a.seed, a.sample) == (b.seed, b.sample))
+                .collect();
+            (!pairs.is_empty()).then_some(pairs)
+        })
+        .collect()
+}
+
+/// The share of an item's pairs in which the cell is right, less that of the other: one number for each shared item, whose mean
+/// is [`PairedScore::delta`].
+#[must_use]
+pub fn differences(cell: &CellRows, other: &CellRows, right: impl Fn(&Slim) -> bool) -> Vec<f64> {
+    let score = |r: &Slim| f64::from(u8::from(right(r)));
+    pairs(cell, other)
+        .iter()
+        .map(|pairs| {
+            pairs.iter().map(|(a, b)| score(a) - score(b)).sum::<f64>() / pairs.len() as f64
+        })
+        .collect()
+}
+
+/// The paired bootstrap's 95 % interval of a mean: percentiles of the means of [`RESAMPLES`] samples of the items with
+/// replacement (Efron and Tibshirani, 1993, chapter 13). The same values give the same interval. `None` for fewer than two.
+#[must_use]
+pub fn bootstrap(values: &[f64]) -> Option<Interval> {
+    let n = values.len() as u64;
+    if n < 2 {
+        return None;
+    }
+    let place = |word: u64| ((u128::from(word) * u128::from(n)) >> 64) as usize;
+    let mut means: Vec<f64> = (0..RESAMPLES as u64)
+        .map(|sample| {
+            let sum: f64 = (0..n.div_ceil(4))
+                .flat_map(|step| {
+                    let stream = Stream {
+                        seed: n,
+                        sample,
+                        step,
+                    };
+                    stream.bits(0, Purpose::Resample, 0)
+                })
+                .take(values.len())
+                .map(|word| values[place(word)])
+                .sum();
+            sum / n as f64
+        })
+        .collect();
+    means.sort_by(f64::total_cmp);
+    let centre = mean(values)?;
+    Some(Interval {
+        lo: quantile(&means, 0.025)?.min(centre),
+        hi: quantile(&means, 0.975)?.max(centre),
     })
 }
 

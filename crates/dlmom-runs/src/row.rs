@@ -1,7 +1,7 @@
 //! The raw row: one line of `raw/<ID>.jsonl` per (item, seed, sample).
 
 use dlmom_eval::{CodeJudge, EXTRACTOR_VERSION, Item, JudgeError, Method, grade, read};
-use dlmom_runtime::{JobKey, MemoryStats, Outcome, Stop};
+use dlmom_runtime::{JobKey, MemoryStats, Outcome, Stop, Trigger};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::registry::Experiment;
 
 /// Version of [`RawRow`].
-pub const ROW_SCHEMA_VERSION: u32 = 1;
+pub const ROW_SCHEMA_VERSION: u32 = 2;
 
 /// Fields that depend on when and where a row was made, not on what it holds.
 pub const VOLATILE_FIELDS: [&str; 5] = [
@@ -28,7 +28,7 @@ pub const VOLATILE_FIELDS: [&str; 5] = [
 pub enum Failure {
     /// NaN or Inf in an expert's logits.
     NanInf,
-    /// Out of steps or context without an answer.
+    /// Out of steps, context or handoffs without an answer.
     Timeout,
     /// Ended by itself without an answer that the extractor can read, or with a program that does not compile.
     ParseFailure,
@@ -126,8 +126,11 @@ pub struct RawRow {
     /// How the sample ended.
     #[schemars(schema_with = "stop_schema")]
     pub stop: Stop,
-    /// Printed tokens.
+    /// Printed tokens, of all agents.
     pub explicit_tokens: u32,
+    /// Tokens of injected texts, fed and not counted as printed.
+    #[serde(default)]
+    pub injected_tokens: u32,
     /// Latent steps.
     pub latent_steps: u32,
     /// `explicit_tokens + latent_steps`.
@@ -138,8 +141,17 @@ pub struct RawRow {
     pub prompt_tokens: u64,
     /// Changes of mode.
     pub switches: u32,
+    /// Lengths of stretches of equal mode: explicit, latent, explicit and so on, the first possibly 0.
+    #[serde(default)]
+    pub mode_runs: Vec<u32>,
     /// Handoffs between agents.
     pub handoffs: u32,
+    /// Why each of them happened, in order.
+    #[serde(default)]
+    pub handoff_triggers: Vec<Trigger>,
+    /// Bytes handed over between agents.
+    #[serde(default)]
+    pub handoff_bytes: u64,
     /// Positions forwarded, prompts included, summed over agents.
     pub forward_tokens: u64,
     /// The same by agent.
@@ -154,8 +166,18 @@ pub struct RawRow {
     pub entropy_hist: Vec<u32>,
     /// Mean top-k mass over latent steps; null without any.
     pub topk_mass: Option<f64>,
-    /// Mean `KL(p' || p)` of the noise over latent steps, nats; null without any.
+    /// Mean `KL(fed || packet)` of filter, noise and control over latent steps, nats; null without any, and where what was fed
+    /// has tokens that the packet lacks.
     pub noise_kl: Option<f64>,
+    /// Mean Jensen-Shannon divergence of the same, nats; null without latent steps.
+    #[serde(default)]
+    pub noise_js: Option<f64>,
+    /// Share of steps in which all experts have the same most probable token; null for one expert.
+    #[serde(default)]
+    pub agreement: Option<f64>,
+    /// Share of steps in which experts were merged; null for one expert.
+    #[serde(default)]
+    pub merge_rate: Option<f64>,
     /// Drift from the reference pipeline; null where it was not measured.
     pub drift: Option<Drift>,
     /// Wall time from admission to finish, seconds.
@@ -183,7 +205,7 @@ fn method_schema(_: &mut SchemaGenerator) -> Schema {
 fn stop_schema(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "string",
-        "enum": ["eos", "budget", "context", "nan_inf", "prompt", "backend"],
+        "enum": ["eos", "budget", "context", "nan_inf", "prompt", "backend", "handoffs"],
     })
 }
 
@@ -200,6 +222,8 @@ pub struct RowContext<'a> {
     pub batch_size: u32,
     /// Memory at the end of the sample.
     pub memory: MemoryStats,
+    /// Drift of this sample, where it was measured.
+    pub drift: Option<Drift>,
 }
 
 /// An outcome that cannot be recorded.
@@ -313,12 +337,16 @@ impl RawRow {
             error: outcome.error.as_deref().map(one_line),
             stop: outcome.stop,
             explicit_tokens: outcome.explicit_tokens,
+            injected_tokens: outcome.injected_tokens,
             latent_steps: outcome.latent_steps,
             total_steps: outcome.total_steps(),
             latent_segments: outcome.latent_segments.clone(),
             prompt_tokens: sum(&outcome.prompt_tokens),
             switches: outcome.switches,
+            mode_runs: outcome.schedule.runs().to_vec(),
             handoffs: outcome.handoffs,
+            handoff_triggers: outcome.handoff_log.iter().map(|h| h.trigger).collect(),
+            handoff_bytes: outcome.handoff_bytes,
             forward_tokens: sum(&outcome.forward_tokens),
             forward_tokens_per_agent: outcome.forward_tokens.clone(),
             uplink_bytes: outcome.uplink_bytes,
@@ -327,7 +355,10 @@ impl RawRow {
             entropy_hist: outcome.entropy_hist.clone(),
             topk_mass: optional("topk_mass", outcome.topk_mass)?,
             noise_kl: optional("noise_kl", outcome.noise_kl)?,
-            drift: None,
+            noise_js: optional("noise_js", outcome.noise_js)?,
+            agreement: optional("agreement", outcome.agreement)?,
+            merge_rate: optional("merge_rate", outcome.merge_rate)?,
+            drift: context.drift,
             latency_s: finite("latency_s", outcome.latency_s)?,
             peak_device_bytes: context.memory.peak_device_bytes,
             peak_rss_bytes: context.memory.peak_rss_bytes,
@@ -364,7 +395,7 @@ fn failure_of(stop: Stop, answered: bool) -> Option<Failure> {
         Stop::NanInf => Some(Failure::NanInf),
         Stop::Prompt | Stop::Backend => Some(Failure::BackendError),
         _ if answered => None,
-        Stop::Budget | Stop::Context => Some(Failure::Timeout),
+        Stop::Budget | Stop::Context | Stop::Handoffs => Some(Failure::Timeout),
         Stop::Eos => Some(Failure::ParseFailure),
     }
 }

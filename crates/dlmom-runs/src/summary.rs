@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use dlmom_eval::stats::{Interval, mean, quantile, sample_std, wilson};
 use serde::{Deserialize, Serialize};
 
+use crate::drift::DriftSummary;
 use crate::fold::{CellRows, Slim};
 use crate::paired::{Paired, compare};
 use crate::registry::REF;
@@ -148,8 +149,14 @@ pub struct Summary {
     pub switches_mean: Mean,
     /// Mean handoffs.
     pub handoffs_mean: f64,
+    /// Handed over between agents.
+    #[serde(default)]
+    pub handoff: Option<Bytes>,
     /// Mean printed tokens.
     pub explicit_tokens: Mean,
+    /// Mean tokens of injected texts.
+    #[serde(default)]
+    pub injected_tokens: f64,
     /// Mean latent steps.
     pub latent_steps: Mean,
     /// Mean steps.
@@ -166,6 +173,18 @@ pub struct Summary {
     pub topk_mass: Option<f64>,
     /// Mean over rows of the mean noise KL in nats; null without latent steps.
     pub noise_kl: Option<f64>,
+    /// Mean over rows of the mean Jensen-Shannon divergence of the same, nats.
+    #[serde(default)]
+    pub noise_js: Option<f64>,
+    /// Mean over rows of the share of steps in which all experts have one most probable token; null for one expert.
+    #[serde(default)]
+    pub agreement: Option<f64>,
+    /// Mean over rows of the share of steps in which experts were merged; null for one expert.
+    #[serde(default)]
+    pub merge_rate: Option<f64>,
+    /// Drift from the reference pipeline by kind; empty where it was not measured.
+    #[serde(default)]
+    pub drift: Vec<DriftSummary>,
     /// Normalised entropy; null where no row has any.
     pub entropy: Option<Entropy>,
     /// Thresholds for 10 % and 50 % coverage.
@@ -188,6 +207,10 @@ pub struct Summary {
     pub versus_ref: Option<Paired>,
     /// No shared sample differs from the reference pipeline's in text, latent steps, switches or mean entropy.
     pub inert: bool,
+    /// An earlier cell of the run whose every shared sample is this cell's in text, latent steps, switches, mean entropy and
+    /// bytes.
+    #[serde(default)]
+    pub twin: Option<String>,
     /// What was odd about the file.
     pub warnings: Vec<String>,
 }
@@ -244,6 +267,11 @@ pub fn summarize(
         switches: quantiles(rows, |r| f64::from(r.switches))?,
         switches_mean: item_mean(rows, |r| f64::from(r.switches))?,
         handoffs_mean: mean_of(rows, |r| f64::from(r.handoffs))?,
+        handoff: rows
+            .iter()
+            .any(|r| r.handoffs > 0)
+            .then(|| bytes(rows, steps, solved, |r| r.handoff_bytes)),
+        injected_tokens: mean_of(rows, |r| f64::from(r.injected_tokens))?,
         explicit_tokens: item_mean(rows, |r| f64::from(r.explicit_tokens))?,
         latent_steps: item_mean(rows, |r| f64::from(r.latent_steps))?,
         total_steps: item_mean(rows, |r| f64::from(r.total_steps()))?,
@@ -251,8 +279,13 @@ pub fn summarize(
         forward_tokens: item_mean(rows, |r| r.forward_tokens as f64)?,
         uplink: bytes(rows, steps, solved, |r| r.uplink_bytes),
         downlink: bytes(rows, steps, solved, |r| r.downlink_bytes),
-        topk_mass: mean(&rows.iter().filter_map(|r| r.topk_mass).collect::<Vec<_>>()),
-        noise_kl: mean(&rows.iter().filter_map(|r| r.noise_kl).collect::<Vec<_>>()),
+        topk_mass: known_mean(rows, |r| r.topk_mass),
+        noise_kl: known_mean(rows, |r| r.noise_kl),
+        noise_js: known_mean(rows, |r| r.noise_js),
+        agreement: known_mean(rows, |r| r.agreement),
+        merge_rate: known_mean(rows, |r| r.merge_rate),
+        drift: Vec::new(),
+        twin: None,
         alpha_for_coverage: [0.10, 0.50]
             .into_iter()
             .map(|coverage| {
@@ -278,6 +311,34 @@ pub fn summarize(
         versus_ref: paired,
         warnings: cell.warnings.clone(),
     })
+}
+
+/// The mean over the rows that have a value.
+fn known_mean(rows: &[Slim], value: impl Fn(&Slim) -> Option<f64>) -> Option<f64> {
+    mean(&rows.iter().filter_map(value).collect::<Vec<_>>())
+}
+
+/// The first of `earlier` whose shared samples are all this cell's, bytes included.
+#[must_use]
+pub fn twin<'a>(
+    cell: &CellRows,
+    earlier: impl IntoIterator<Item = &'a CellRows>,
+) -> Option<String> {
+    let bytes = |r: &Slim| (r.uplink_bytes, r.downlink_bytes, r.handoff_bytes);
+    earlier
+        .into_iter()
+        .filter(|other| other.experiment != cell.experiment)
+        .find(|other| {
+            compare(cell, other).is_some_and(|p| p.identical) && {
+                let theirs = crate::fold::by_item(&other.rows);
+                cell.rows.iter().all(|row| {
+                    theirs
+                        .get(&*row.item)
+                        .is_none_or(|rows| rows.iter().any(|r| bytes(r) == bytes(row)))
+                })
+            }
+        })
+        .map(|other| other.experiment.clone())
 }
 
 fn seeds(cell: &CellRows) -> Seeds {

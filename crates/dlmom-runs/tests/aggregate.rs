@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 /// 12 items: REF right on even ones, A1.1's alias, A1.2 with two seeds, right unless divisible by three.
 fn example(folder: &Path) {
-    let plan = plan(&["A1", "A3"], &["A1.1", "A1.2", "A3.1", "A3.3"], ENSEMBLE);
+    let plan = plan(&["A1", "A3"], &["A1.1", "A1.2", "A3.1", "A3.3"], &ENSEMBLE);
     let manifest = Manifest {
         format: MANIFEST_FORMAT,
         version: "0.1.0".into(),
@@ -35,10 +35,11 @@ fn example(folder: &Path) {
         shared_model: false,
         experts: 2,
         ln_vocab: Some(491f64.ln()),
-        cells: ManifestCell::of_plan(&plan, &context()).expect("finite knobs"),
+        cells: ManifestCell::of_plan(&plan, &context(), None).expect("finite knobs"),
         context: context(),
         environment: json!({}),
         invocations: Vec::new(),
+        pilot: None,
         notes: Value::Null,
     };
     let dir = RunDir::open(folder, &plan, manifest, false).expect("a fresh folder");

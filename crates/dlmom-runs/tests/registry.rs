@@ -4,11 +4,18 @@
 mod common;
 
 use common::{ENSEMBLE, SHARED, plan};
-use dlmom_core::{AlphaUnit, ConsensusSpec, Gate, SamplingSpec, Start};
-use dlmom_runs::{
-    CellKind, Comm, Experiment, Kv, Overrides, REF, Registry, Setting, SoftMode, Unsupported,
+use dlmom_core::{
+    AlphaUnit, Calibrate, Center, ConsensusSpec, Elect, FilterSpec, Gate, Method, SamplingSpec,
+    Start, Tie, Trim, WeightRule, Weights,
 };
-use dlmom_runtime::{Support, WireEncoding};
+use dlmom_runs::{
+    CellKind, Comm, Experiment, Kv, Overrides, Pilot, Placement, REF, Registry, Setting, SoftMode,
+    Unsupported,
+};
+use dlmom_runtime::{
+    Align, Handoff, HandoffControl, PacketControl, Role, Sequential, Support, Topology,
+    WireEncoding,
+};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -31,6 +38,12 @@ fn reference() -> Experiment {
         slope_eps: 0.012,
         var_eps: (0.1f64 * 0.60).powi(2),
         start: Start::Gate,
+        patience: 1,
+        triggers: None,
+        lock_text: None,
+        enter_signal: None,
+        exit_signal: None,
+        filter: FilterSpec::NONE,
         max_latent_steps: 40,
         max_steps: 256,
         answer_reserve: 32,
@@ -39,17 +52,51 @@ fn reference() -> Experiment {
         comm: Comm::Belief,
         encoding: WireEncoding::F32,
         support: Support::Full,
+        align: Align::Ridge,
+        handoff: None,
+        max_handoffs: None,
+        packet_control: PacketControl::Real,
+        handoff_control: HandoffControl::Real,
+        same_exits: false,
+        drop_latent: false,
         kv: Kv::None,
-        consensus: ConsensusSpec::Ties {
+        consensus: ConsensusSpec {
+            method: Method::Ties,
             theta: 0.1,
             eps: 1e-6,
+            center: Center::Mean,
+            reference: 0,
+            trim: Trim::Abs,
+            elect: Elect::Count,
+            tie: Tie::Zero,
+            spectral: None,
+            weights: Weights::Rule(WeightRule::Uniform),
+            calibrate: Calibrate::None,
+            temperatures: Vec::new(),
+            gate: None,
         },
         sampling: SamplingSpec {
             temperature: 0.0,
             top_k: 0,
             top_p: 1.0,
             min_p: 0.0,
+            repetition_penalty: 1.0,
         },
+    }
+}
+
+const PAPER: [&str; 4] = ["A1", "A2", "A3", "A4"];
+
+/// Two agents of one model or of two, one after the other.
+fn chain(shared_model: bool) -> Setting {
+    Setting {
+        topology: Topology::Sequential(Sequential {
+            roles: ["generalist", "specialist"].map(Role::named).to_vec(),
+            handoff: Handoff::Transcript,
+            max_handoffs: None,
+            on_failure: None,
+        }),
+        ..Setting::lockstep(2, shared_model)
     }
 }
 
@@ -113,7 +160,7 @@ fn papers_table() -> Vec<(&'static str, Experiment)> {
 
 #[test]
 fn the_paper_is_expanded_exactly() {
-    let plan = plan(&[], &[], ENSEMBLE);
+    let plan = plan(&PAPER, &[], &ENSEMBLE);
     assert_eq!(plan.cells[0].experiment, reference());
     let expanded: Vec<_> = plan.cells[1..]
         .iter()
@@ -125,7 +172,7 @@ fn the_paper_is_expanded_exactly() {
 
 #[test]
 fn agents_of_one_model_inherit_embed() {
-    for cell in plan(&[], &[], SHARED).cells {
+    for cell in plan(&PAPER, &[], &SHARED).cells {
         let expected = match cell.experiment.id.as_str() {
             "A3.2" | "A3.3" | "A3.4" => Comm::Belief,
             "A3.5" => Comm::Logits,
@@ -135,7 +182,7 @@ fn agents_of_one_model_inherit_embed() {
     }
 }
 
-fn outline(suites: &[&str], only: &[&str], setting: Setting) -> String {
+fn outline(suites: &[&str], only: &[&str], setting: &Setting) -> String {
     let lines: Vec<String> = plan(suites, only, setting)
         .cells
         .iter()
@@ -153,10 +200,10 @@ fn outline(suites: &[&str], only: &[&str], setting: Setting) -> String {
 
 #[test]
 fn equal_cells_run_once_and_impossible_ones_not_at_all() {
-    insta::assert_snapshot!("plan_ensemble", outline(&[], &[], ENSEMBLE));
-    insta::assert_snapshot!("plan_shared", outline(&["A4", "A3"], &[], SHARED));
+    insta::assert_snapshot!("plan_ensemble", outline(&PAPER, &[], &ENSEMBLE));
+    insta::assert_snapshot!("plan_shared", outline(&["A4", "A3"], &[], &SHARED));
     insta::assert_snapshot!(
-        outline(&["A1", "A2"], &["A2.3", "A1.1", "A1.2"], ENSEMBLE),
+        outline(&["A1", "A2"], &["A2.3", "A1.1", "A1.2"], &ENSEMBLE),
         @r"
     REF run
     A1.1 = REF
@@ -164,13 +211,13 @@ fn equal_cells_run_once_and_impossible_ones_not_at_all() {
     A2.3 run
     "
     );
-    assert_eq!(outline(&[], &[REF], ENSEMBLE), "REF run");
+    assert_eq!(outline(&[], &[REF], &ENSEMBLE), "REF run");
 }
 
 fn expand(overrides: &Overrides) -> Result<dlmom_runs::Plan, dlmom_runs::RegistryError> {
     Registry::builtin()
         .unwrap()
-        .expand(&[], &[], ENSEMBLE, overrides)
+        .expand(&PAPER.map(String::from), &[], &ENSEMBLE, overrides)
 }
 
 #[test]
@@ -211,26 +258,30 @@ fn the_command_line_fills_only_what_a_cell_does_not_name() {
 
 #[test]
 fn what_is_not_built_yet_is_named() {
-    let said = |suites: &[&str], setting| {
+    let said = |suites: &[&str], setting: &Setting| {
         plan(suites, &[], setting)
             .check_supported()
             .unwrap_err()
             .to_string()
     };
-    for setting in [ENSEMBLE, SHARED] {
-        plan(&["A1", "A2", "A3"], &[], setting)
-            .check_supported()
-            .unwrap();
+    for setting in [ENSEMBLE, SHARED, chain(true), chain(false)] {
+        plan(
+            &["A1", "A2", "A3", "A1x", "K1", "K2", "C1", "C2"],
+            &[],
+            &setting,
+        )
+        .check_supported()
+        .unwrap();
     }
-    plan(&[], &["A4.1"], SHARED).check_supported().unwrap();
+    plan(&[], &["A4.1"], &SHARED).check_supported().unwrap();
     assert_eq!(
-        said(&["A4"], SHARED),
+        said(&["A4"], &SHARED),
         "A4.2: kv: kivi2bit is not built yet; none is"
     );
     let mut own = reference();
     own.kv = Kv::Minicache;
     assert!(matches!(
-        own.loop_config(),
+        own.loop_config(&Placement::default()),
         Err(Unsupported::Kv {
             kv: "minicache",
             ..
@@ -240,7 +291,7 @@ fn what_is_not_built_yet_is_named() {
 
 #[test]
 fn cells_say_what_crosses_a_link() {
-    let links = |setting, overrides: &Overrides| {
+    let links = |setting: &Setting, overrides: &Overrides| {
         Registry::builtin()
             .unwrap()
             .expand(&["A3".into()], &[], setting, overrides)
@@ -250,7 +301,7 @@ fn cells_say_what_crosses_a_link() {
             .map(|cell| {
                 let what = match &cell.kind {
                     CellKind::Run => {
-                        let config = cell.experiment.loop_config().unwrap();
+                        let config = cell.experiment.loop_config(&Placement::default()).unwrap();
                         config.validate(Some(491)).unwrap();
                         let link = config.link;
                         format!(
@@ -274,21 +325,182 @@ fn cells_say_what_crosses_a_link() {
     let none = Overrides::default();
     insta::assert_snapshot!(format!(
         "experts of two models\n{}\nagents of one model\n{}\nthe same, compact packets up and down\n{}",
-        links(ENSEMBLE, &none),
-        links(SHARED, &none),
-        links(SHARED, &packet)
+        links(&ENSEMBLE, &none),
+        links(&SHARED, &none),
+        links(&SHARED, &packet)
     ));
 }
 
 #[test]
 fn every_runnable_cell_is_a_valid_loop() {
-    for setting in [ENSEMBLE, SHARED] {
-        for experiment in plan(&["A1", "A2", "A3"], &[], setting).runs() {
-            let config = experiment.loop_config().unwrap();
+    for setting in [ENSEMBLE, SHARED, chain(true), chain(false)] {
+        let placement = Placement {
+            topology: setting.topology.clone(),
+            pilot: Some(Pilot::assumed(2)),
+        };
+        let mut cells = 0;
+        for experiment in plan(&[], &[], &setting).runs() {
+            if experiment.supported().is_err() {
+                continue;
+            }
+            let config = experiment.loop_config(&placement).unwrap();
             config.validate(Some(491)).unwrap();
-            assert_eq!(config.is_deterministic(), experiment.is_deterministic());
+            config.validate_agents(2).unwrap();
+            assert_eq!(
+                config.is_deterministic(),
+                experiment.is_deterministic(),
+                "{}",
+                experiment.id
+            );
+            cells += 1;
         }
+        assert!(cells > 20);
     }
+}
+
+/// The knobs in which a cell is not the reference pipeline, as JSON.
+fn differences(setting: &Setting, suite: &str) -> Vec<String> {
+    let plan = plan(&[suite], &[], setting);
+    let base = plan.cells[0].experiment.knobs().unwrap();
+    plan.cells[1..]
+        .iter()
+        .map(|cell| {
+            let own = cell.experiment.knobs().unwrap();
+            let apart: Vec<String> = own
+                .as_object()
+                .unwrap()
+                .iter()
+                .filter(|(name, value)| base[name.as_str()] != **value)
+                .map(|(name, value)| format!("{name}: {value}"))
+                .collect();
+            let fate = match &cell.kind {
+                CellKind::Run => String::new(),
+                CellKind::Alias { of } => format!(" (same as {of})"),
+                CellKind::Skip { reason } => format!(" (skipped: {reason})"),
+            };
+            format!("{}: {}{fate}", cell.experiment.id, apart.join(", "))
+        })
+        .collect()
+}
+
+#[test]
+fn controls_and_variants_take_one_thing_away() {
+    insta::assert_snapshot!(
+        "beyond_the_paper",
+        format!(
+            "in a chain\n{}\n{}\n\nin lockstep\n{}\n{}\n{}",
+            differences(&chain(true), "C1").join("\n"),
+            differences(&chain(true), "C2").join("\n"),
+            differences(&ENSEMBLE, "C2").join("\n"),
+            differences(&ENSEMBLE, "A1x").join("\n"),
+            [differences(&ENSEMBLE, "K1"), differences(&ENSEMBLE, "K2")]
+                .concat()
+                .join("\n"),
+        )
+    );
+}
+
+#[test]
+fn agents_of_a_chain_have_nothing_to_merge() {
+    let kinds: Vec<_> = plan(&["K1"], &[], &chain(true))
+        .cells
+        .into_iter()
+        .skip(1)
+        .map(|cell| cell.kind)
+        .collect();
+    assert!(
+        kinds.iter().all(
+            |kind| matches!(kind, CellKind::Skip { reason } if reason.starts_with("consensus"))
+        ),
+        "{kinds:?}"
+    );
+}
+
+#[test]
+fn handoffs_belong_to_chains() {
+    let expand = |setting: &Setting, overrides: &Overrides| {
+        Registry::builtin()
+            .unwrap()
+            .expand(&["C2".into()], &[], setting, overrides)
+    };
+    let overrides = Overrides {
+        handoff: Some(Handoff::Text),
+        max_handoffs: Some(3),
+        ..Overrides::default()
+    };
+    let said = expand(&ENSEMBLE, &overrides).unwrap_err().to_string();
+    assert_eq!(
+        said,
+        "--max-handoffs: only a sequential topology hands anything over; add --topology sequential"
+    );
+    for cell in expand(&chain(true), &overrides).unwrap().cells {
+        let e = cell.experiment;
+        assert_eq!((e.handoff, e.max_handoffs), (Some(Handoff::Text), Some(3)));
+        // A control of the transcript means nothing where none is handed over.
+        assert_eq!(
+            matches!(cell.kind, CellKind::Skip { .. }),
+            e.id != REF,
+            "{}",
+            e.id
+        );
+    }
+    let cache = Overrides {
+        handoff: Some(Handoff::Kv),
+        ..Overrides::default()
+    };
+    let refused = expand(&chain(false), &cache).unwrap().cells;
+    assert!(
+        matches!(&refused[1].kind, CellKind::Skip { reason } if reason.starts_with("handoff: kv needs agents of one model")),
+        "{:?}",
+        refused[1].kind
+    );
+}
+
+#[test]
+fn what_a_pilot_fits_takes_the_place_of_its_rules() {
+    let text = "suites: {S: [{id: t, consensus: {method: mean, calibrate: temperature}}, {id: w, consensus: {method: mean, weights: pilot}}, {id: q, alpha_unit: quantile, alpha: 0.9}]}";
+    let plan = Registry::parse("own.yaml", text)
+        .unwrap()
+        .expand(&[], &[], &ENSEMBLE, &Overrides::default())
+        .unwrap();
+    let cell = |id: &str| {
+        plan.cells
+            .iter()
+            .find(|c| c.experiment.id == id)
+            .unwrap()
+            .experiment
+            .clone()
+    };
+    let bare = Placement::default();
+    let said: Vec<String> = ["t", "w", "q"]
+        .iter()
+        .map(|id| cell(id).loop_config(&bare).unwrap_err().to_string())
+        .collect();
+    assert_eq!(
+        said,
+        [
+            "t: calibrate: temperature needs a pilot run, and the folder records none",
+            "w: weights: pilot needs a pilot run, and the folder records none",
+            "q: alpha_unit: quantile needs a pilot run, and the folder records none",
+        ]
+    );
+    let fitted = Placement {
+        pilot: Some(Pilot {
+            temperatures: Some(vec![0.5, 2.0]),
+            cross_entropies: Some(vec![0.1, 0.4]),
+            ..Pilot::assumed(2)
+        }),
+        ..Placement::default()
+    };
+    let config = |id: &str| cell(id).loop_config(&fitted).unwrap();
+    assert_eq!(config("t").consensus.temperatures, [0.5, 2.0]);
+    let Weights::Fixed(weights) = config("w").consensus.weights else {
+        panic!("weights are numbers now");
+    };
+    // exp(-c), of which only the ratio matters.
+    assert!((weights[1] / weights[0] - (-0.3f64).exp()).abs() < 1e-12);
+    assert_eq!(config("q").ranks, Some(dlmom_core::Ranks::identity()));
+    assert_eq!(config("t").ranks, None);
 }
 
 #[test]
@@ -318,7 +530,7 @@ fn absent_is_filled_and_null_is_a_value() {
     let text = "defaults: {tau: 0.5, w: 4, cap: 3}\nsuites:\n  S:\n    - {id: a}\n    - {id: b, tau: null, w: null}\n";
     let registry = Registry::parse("own.yaml", text).unwrap();
     let plan = registry
-        .expand(&[], &[], ENSEMBLE, &Overrides::default())
+        .expand(&[], &[], &ENSEMBLE, &Overrides::default())
         .unwrap();
     let facts: Vec<_> = plan
         .cells
@@ -362,6 +574,16 @@ suites:
       slope_eps: 0.2
       var_eps: 0.3
       start: latent
+      patience: 2
+      triggers: {converge_after: 1, converge_text: a, terminate_after: 2, terminate_text: b, terminate_steps: 3}
+      lock_text: '</think>'
+      enter_signal: {text: x, weight: 0.5}
+      exit_signal: {text: y, weight: 0.25}
+      filter: {temperature: 0.6, top_p: 0.95, min_p: 0.001, keep: 10}
+      align: identity
+      packet_control: shuffle
+      same_exits: true
+      drop_latent: true
       max_latent_steps: 7
       max_steps: 99
       answer_reserve: 9
@@ -369,16 +591,17 @@ suites:
       k: 5
       comm: belief
       kv: none
-      consensus: {method: mean}
-      sampling: {temperature: 0.7, top_k: 3, top_p: 0.9, min_p: 0.0}
+      consensus: {method: mean, weights: [1, 2], gate: {max_p: 0.5, pivot: 1}}
+      sampling: {temperature: 0.7, top_k: 3, top_p: 0.9, min_p: 0.0, repetition_penalty: 1.1}
 ";
     let registry = Registry::parse("own.yaml", text).unwrap();
     let plan = registry
-        .expand(&[], &[], ENSEMBLE, &Overrides::default())
+        .expand(&[], &[], &ENSEMBLE, &Overrides::default())
         .unwrap();
     let cell = &plan.cells[1].experiment;
     assert_eq!(cell.answer_cue.as_deref(), Some("So: "));
-    assert_eq!(cell.consensus, ConsensusSpec::Mean);
+    assert_eq!(cell.consensus.method, Method::Mean);
+    assert_eq!(cell.consensus.weights, Weights::Fixed(vec![1.0, 2.0]));
     assert!(!cell.is_deterministic());
     let yaml = dlmom_runs::yaml::to_string(cell).unwrap();
     insta::assert_snapshot!("expanded_yaml", yaml);
@@ -410,6 +633,9 @@ fn wrong_files_are_explained() {
         "defaults: {k: null}\nsuites: {S: [{id: a}]}",
         "suites:\n  S:\n    - id: a\n    gate: trend",
         "suites: {S: [{id: a, consensus: {method: ties, thet: 1}}]}",
+        "suites: {S: [{id: a, packet_control: unifrom}]}",
+        "suites: {S: [{id: a, gate: swir}]}",
+        "suites: {S: [{id: a, filter: {keep: -1}}]}",
         "base: &b {id: a}\nsuites: {S: [*b]}",
     ];
     let said: Vec<String> = cases
@@ -447,13 +673,24 @@ fn wrong_values_name_file_cell_field_and_value() {
         "sampling: {temperature: -1, top_k: 0, top_p: 1, min_p: 0}",
         "consensus: {method: ties, theta: -1, eps: 0}",
         "convergence_threshold: -1",
+        "alpha: 1.5, alpha_unit: quantile",
+        "alpha: -0.5, alpha_unit: quantile",
+        "gate: latent_then_explicit, patience: 0",
+        "filter: {temperature: 0}",
+        "filter: {top_p: 0}",
+        "sampling: {temperature: 1, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 0.5}",
+        "consensus: {method: mean, theta: 0.2}",
+        "consensus: {method: ties, trim: density, theta: 1.5}",
+        "consensus: {method: ties, spectral: 0}",
+        "consensus: {method: mean, weights: [1, -1]}",
+        "triggers: {converge_after: 3, converge_text: a, terminate_after: 2, terminate_text: b, terminate_steps: 1}",
     ];
     let said: Vec<String> = cells
         .iter()
         .map(|knobs| {
             let text = format!("suites: {{S: [{{id: x1, {knobs}}}]}}");
             let registry = Registry::parse("own.yaml", &text).unwrap();
-            let plan = registry.expand(&[], &[], ENSEMBLE, &Overrides::default());
+            let plan = registry.expand(&[], &[], &ENSEMBLE, &Overrides::default());
             plan.map(drop).unwrap_err().to_string()
         })
         .collect();
@@ -466,7 +703,7 @@ fn wrong_words_and_flags_are_explained() {
     let none = Overrides::default();
     let words = |s: &[&str], o: &[&str]| {
         let strings = |w: &[&str]| w.iter().map(ToString::to_string).collect::<Vec<_>>();
-        let plan = registry.expand(&strings(s), &strings(o), ENSEMBLE, &none);
+        let plan = registry.expand(&strings(s), &strings(o), &ENSEMBLE, &none);
         plan.map(drop).unwrap_err().to_string()
     };
     let flags = [

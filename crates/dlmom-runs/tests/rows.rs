@@ -21,6 +21,7 @@ fn judged(outcome: &Outcome, item: &Item, judge: &mut dyn CodeJudge) -> Result<R
         bench: "tinygsm",
         batch_size: 8,
         memory: MemoryStats::default(),
+        drift: None,
     };
     RawRow::new(&context, outcome, item, judge)
 }
@@ -38,6 +39,7 @@ fn every_ending_has_its_label() {
         (Stop::NanInf, Some(18), Some(Failure::NanInf), false),
         (Stop::Backend, Some(18), Some(Failure::BackendError), false),
         (Stop::Prompt, None, Some(Failure::BackendError), false),
+        (Stop::Handoffs, None, Some(Failure::Timeout), false),
     ] {
         let mut sample = outcome(&item, 0, answer, 2);
         sample.stop = stop;
@@ -163,6 +165,7 @@ fn programs_are_judged_and_only_those_of_samples_that_did_not_fail() {
     let item = Item {
         question: "def f(x):\n".into(),
         gold: "    return x\n".into(),
+        solution: None,
         task: Task::Code {
             test: "def check(candidate):\n    assert candidate(1) == 1\n".into(),
             entry_point: "f".into(),
@@ -225,6 +228,7 @@ fn programs_are_judged_and_only_those_of_samples_that_did_not_fail() {
 fn letters_are_graded_and_never_guessed() {
     let item = Item {
         gold: "B".into(),
+        solution: None,
         task: Task::Choice {
             options: vec!["fire".into(), "ice".into()],
         },

@@ -29,13 +29,14 @@ fn manifest(plan: &Plan, context: Value) -> Manifest {
         shared_model: false,
         experts: 2,
         ln_vocab: Some(491f64.ln()),
-        cells: ManifestCell::of_plan(plan, &context).expect("finite knobs"),
+        cells: ManifestCell::of_plan(plan, &context, None).expect("finite knobs"),
         context,
         environment: json!({"uname": "x"}),
         invocations: vec![Invocation {
             argv: vec!["run".into()],
             ..Invocation::default()
         }],
+        pilot: None,
         notes: Value::Null,
     }
 }
@@ -48,7 +49,7 @@ fn open(out: &Path, plan: &Plan, resume: bool) -> Result<RunDir, RunDirError> {
 fn a_fresh_folder_holds_manifest_and_expanded_configs() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("deep/run");
-    let plan = plan(&["A1", "A3"], &[], ENSEMBLE);
+    let plan = plan(&["A1", "A3"], &[], &ENSEMBLE);
     let dir = open(&out, &plan, false).unwrap();
     assert!(!dir.resumed());
     assert_eq!(read_manifest(&out).unwrap().unwrap(), *dir.manifest());
@@ -63,7 +64,7 @@ fn a_fresh_folder_holds_manifest_and_expanded_configs() {
 #[test]
 fn a_second_writer_is_refused_and_told_who_holds_the_folder() {
     let folder = tempfile::tempdir().unwrap();
-    let plan = plan(&["A1"], &[], ENSEMBLE);
+    let plan = plan(&["A1"], &[], &ENSEMBLE);
     let first = open(folder.path(), &plan, false).unwrap();
     let error = open(folder.path(), &plan, true).unwrap_err();
     let holder = format!("another run writes here (process {})", std::process::id());
@@ -75,11 +76,11 @@ fn a_second_writer_is_refused_and_told_who_holds_the_folder() {
 #[test]
 fn resuming_keeps_what_was_recorded_and_adds_what_is_new() {
     let folder = tempfile::tempdir().unwrap();
-    let one = plan(&["A1"], &["A1.2"], ENSEMBLE);
+    let one = plan(&["A1"], &["A1.2"], &ENSEMBLE);
     drop(open(folder.path(), &one, false).unwrap());
     let error = open(folder.path(), &one, false).unwrap_err();
     assert!(matches!(error, RunDirError::Exists { .. }));
-    let more = plan(&["A2"], &[], ENSEMBLE);
+    let more = plan(&["A2"], &[], &ENSEMBLE);
     let mut current = manifest(&more, context());
     current.seeds = vec![1, 2];
     let mut dir = RunDir::open(folder.path(), &more, current, true).unwrap();
@@ -102,7 +103,7 @@ fn resuming_keeps_what_was_recorded_and_adds_what_is_new() {
 #[test]
 fn another_configuration_is_refused_field_by_field() {
     let folder = tempfile::tempdir().unwrap();
-    let before = plan(&["A1"], &[], ENSEMBLE);
+    let before = plan(&["A1"], &[], &ENSEMBLE);
     drop(open(folder.path(), &before, false).unwrap());
     let overrides = Overrides {
         max_steps: Some(64),
@@ -110,7 +111,7 @@ fn another_configuration_is_refused_field_by_field() {
     };
     let after = Registry::builtin()
         .unwrap()
-        .expand(&["A1".into()], &["A1.2".into()], ENSEMBLE, &overrides)
+        .expand(&["A1".into()], &["A1.2".into()], &ENSEMBLE, &overrides)
         .unwrap();
     let mut other = context();
     other["dtype"] = json!("bf16");
@@ -124,7 +125,7 @@ fn another_configuration_is_refused_field_by_field() {
 #[test]
 fn folders_of_somebody_else_are_left_alone() {
     let folder = tempfile::tempdir().unwrap();
-    let plan = plan(&["A1"], &[], ENSEMBLE);
+    let plan = plan(&["A1"], &[], &ENSEMBLE);
     let rows = folder.path().join("raw/A1.1.jsonl");
     write_rows(&rows, &[row(&experiment("A1.1"), 1, 0, None, 0)]);
     for resume in [false, true] {
@@ -182,7 +183,7 @@ fn rows_are_found_again_and_foreign_or_broken_ones_refused() {
 #[test]
 fn traces_are_lines_of_columns() {
     let folder = tempfile::tempdir().unwrap();
-    let plan = plan(&["A1"], &[], ENSEMBLE);
+    let plan = plan(&["A1"], &[], &ENSEMBLE);
     let dir = open(folder.path(), &plan, false).unwrap();
     let line = TraceLine {
         experiment: "A1.2".into(),

@@ -73,17 +73,14 @@ fn what_the_parser_reads_is_recorded_for_other_parsers() {
 
 #[test]
 fn what_the_emitter_writes_is_recorded_for_other_parsers() {
-    let setting = Setting {
-        shared_model: false,
-        experts: 2,
-    };
+    let setting = Setting::lockstep(2, false);
     let overrides = Overrides {
         answer_cue: Some("yes: #1\n'x'".into()),
         ..Overrides::default()
     };
     let plan = Registry::builtin()
         .unwrap()
-        .expand(&[], &[], setting, &overrides)
+        .expand(&[], &[], &setting, &overrides)
         .unwrap();
     let golden: Vec<Value> = plan
         .cells

@@ -1,7 +1,10 @@
 //! The boundary between decisions (Rust) and bytes (weights, KV caches, logits).
 
-use dlmom_core::{Consensus, Draw, RowReadout};
+use std::fmt;
+
+use dlmom_core::{Consensus, Draw, RowReadout, Stream, Tempered};
 use dlmom_packet::BeliefPacket;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{AgentId, LaneId, ModelId, SlotId};
@@ -75,6 +78,8 @@ pub struct ModelInfo {
     pub path_reason: Option<String>,
     /// Attention implementation.
     pub attention: String,
+    /// Bytes of keys and values of one position, over all layers.
+    pub kv_bytes_per_position: u64,
 }
 
 impl ModelInfo {
@@ -133,13 +138,16 @@ pub struct LaneSpec {
     pub max_len: u32,
 }
 
-/// How a hidden state of one agent becomes an input embedding of another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// How a hidden state of an agent becomes an input embedding, before it is rescaled to the mean norm of
+/// the embeddings (`LatentMAS`, arXiv 2511.20639, section 3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Align {
-    /// Taken as it is, rescaled to the mean embedding norm.
+    /// As it is.
     Identity,
-    /// Through the ridge solution `W_a` (LatentMAS, arXiv 2511.20639).
+    /// Times the ridge solution `W_a = (U^T U + 1e-5 I)^-1 U^T E` of output embeddings U and input
+    /// embeddings E.
+    #[default]
     Ridge,
 }
 
@@ -180,6 +188,17 @@ pub enum Feed<'a> {
     },
 }
 
+impl Payload {
+    /// How many positions the message takes.
+    #[must_use]
+    pub fn positions(&self) -> usize {
+        match self {
+            Self::Embed { values, hidden } => values.len() / (*hidden).max(1) as usize,
+            Self::Dense { probs, vocab } => probs.len() / (*vocab).max(1) as usize,
+        }
+    }
+}
+
 impl Feed<'_> {
     /// How many positions the feed takes.
     #[must_use]
@@ -187,12 +206,7 @@ impl Feed<'_> {
         match self {
             Self::Tokens(ids) => ids.len(),
             Self::Packets(packets) => packets.len(),
-            Self::Payload(Payload::Embed { values, hidden }) => {
-                values.len() / (*hidden).max(1) as usize
-            }
-            Self::Payload(Payload::Dense { probs, vocab }) => {
-                probs.len() / (*vocab).max(1) as usize
-            }
+            Self::Payload(payload) => payload.positions(),
             Self::Hidden { .. } => 1,
         }
     }
@@ -207,18 +221,47 @@ pub struct Want<'a> {
     pub per_agent_top: u32,
     /// Log-likelihoods of these ids: router, rescoring, multiple choice.
     pub targets: Option<&'a [u32]>,
+    /// A token's log-likelihood of every agent under several temperatures: for fitting one.
+    pub tempered: Option<Tempered<'a>>,
     /// KL and cosine of the merged preferences against another row of this batch: drift.
     pub versus: Option<SlotId>,
     /// Sample the explicit token from the full merged distribution; `None` draws nothing.
     pub draw: Option<Draw>,
+    /// Tokens that the draw's repetition penalty falls on.
+    pub seen: &'a [u32],
+    /// Randomness of consensus operators that draw.
+    pub stream: Option<Stream>,
     /// Keep the last hidden states, so that a later [`Feed::Hidden`] may name this lane.
     pub hidden: bool,
     /// Consensus sees only what the agents send up; `None` shows it every logit.
     pub uplink: Option<Uplink>,
+    /// Groups merged by themselves first; `None` merges all agents at once.
+    pub groups: Option<Groups<'a>>,
+}
+
+/// Groups of a row's agents: each is merged by its own consensus, and sends a packet up to the row's.
+#[derive(Clone, Copy)]
+pub struct Groups<'a> {
+    /// Places in [`Row::merge`] of the members of every group.
+    pub members: &'a [Vec<u32>],
+    /// Merges the members of a group.
+    pub consensus: &'a dyn Consensus,
+    /// What a group sends up.
+    pub uplink: Uplink,
+}
+
+impl fmt::Debug for Groups<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Groups")
+            .field("members", &self.members)
+            .field("consensus", &self.consensus.name())
+            .field("uplink", &self.uplink)
+            .finish()
+    }
 }
 
 /// One row of an [`Backend::advance`] call.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Row<'a> {
     /// The slot.
     pub slot: SlotId,
@@ -226,8 +269,22 @@ pub struct Row<'a> {
     pub feeds: &'a [(AgentId, Feed<'a>)],
     /// Whose logits meet in consensus, a subset of the agents fed.
     pub merge: &'a [AgentId],
+    /// How they meet.
+    pub consensus: &'a dyn Consensus,
     /// What to read out.
     pub want: Want<'a>,
+}
+
+impl fmt::Debug for Row<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Row")
+            .field("slot", &self.slot)
+            .field("feeds", &self.feeds)
+            .field("merge", &self.merge)
+            .field("consensus", &self.consensus.name())
+            .field("want", &self.want)
+            .finish()
+    }
 }
 
 /// Divergence of a row's merged preferences from another row's.
@@ -356,12 +413,7 @@ pub trait Backend: Send {
     ///
     /// # Errors
     /// Any [`BackendError`]; no lane has advanced then.
-    fn advance(
-        &mut self,
-        rows: &[Row<'_>],
-        consensus: &dyn Consensus,
-        out: &mut Readout,
-    ) -> Result<(), BackendError>;
+    fn advance(&mut self, rows: &[Row<'_>], out: &mut Readout) -> Result<(), BackendError>;
 
     /// The mixture embeddings of packets under one model's table, without forwarding anything.
     ///
@@ -376,6 +428,18 @@ pub trait Backend: Send {
         Err(BackendError::Unsupported(format!(
             "model {model} gives no embeddings"
         )))
+    }
+
+    /// The last hidden states of lanes whose last row asked for [`Want::hidden`], as input embeddings.
+    ///
+    /// # Errors
+    /// [`BackendError::Unsupported`] where a backend has none, [`BackendError::Invalid`] for a lane that
+    /// kept none, or of another model than the first.
+    fn hidden(&mut self, lanes: &[LaneId], align: Align) -> Result<Embeddings, BackendError> {
+        let _ = (lanes, align);
+        Err(BackendError::Unsupported(
+            "this backend gives no hidden states".into(),
+        ))
     }
 
     /// Lets the backend's compressor work on these lanes' caches; positions stay as they are.

@@ -1,12 +1,18 @@
 //! The contract of [`Backend`] as executable rules. The mock, deliberately broken mocks and real backends all run it.
 
 use std::fmt;
+use std::sync::LazyLock;
 
-use dlmom_core::{Consensus, ConsensusSpec, Controller, ControllerFailure, Decision, Force, Mode};
-use dlmom_packet::BeliefPacket;
+use dlmom_core::{
+    Consensus, ConsensusSpec, Controller, ControllerFailure, Decision, Force, Method, Mode, Views,
+};
+use dlmom_packet::{BeliefPacket, Meta};
 
-use crate::backend::{Backend, BackendError, Feed, LaneSpec, ReadRow, Readout, Row, Want};
+use crate::backend::{
+    Align, Backend, BackendError, Feed, Groups, LaneSpec, Payload, ReadRow, Readout, Row, Want,
+};
 use crate::ids::{AgentId, LaneId, SlotId};
+use crate::link::{Uplink, WireEncoding};
 
 /// One rule of the contract.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +45,11 @@ pub enum Rule {
     TargetsAgree,
     /// A row compared with itself has no divergence; with another row it has some.
     VersusMeasures,
+    /// Groups are merged by themselves and send packets up; entropies and flags stay the agents'.
+    GroupsMergeApart,
+    /// A hidden state that was asked for can be read and fed; one that was not is refused. Backends without hidden states
+    /// say that they have none.
+    HiddenIsKept,
     /// Unknown slots, ids beyond the vocabulary, rows named twice and empty feeds are refused.
     NonsenseIsRefused,
     /// The same rows merge to the same bits, whatever was merged before.
@@ -91,10 +102,13 @@ pub enum Preset {
 
 const TOP: u32 = 4;
 
+static MEAN: LazyLock<ConsensusSpec> = LazyLock::new(|| ConsensusSpec::of(Method::Mean));
+static PAPER: LazyLock<ConsensusSpec> = LazyLock::new(ConsensusSpec::paper);
+
 struct Kit<'b> {
     backend: &'b mut dyn Backend,
     settings: Settings,
-    consensus: ConsensusSpec,
+    consensus: &'static ConsensusSpec,
     agents: Vec<AgentId>,
     vocab: u32,
 }
@@ -118,8 +132,8 @@ pub fn check(backend: &mut dyn Backend, settings: Settings) -> Result<(), Violat
         });
     }
     let consensus = match settings.preset {
-        Preset::Mean => ConsensusSpec::Mean,
-        Preset::Paper => ConsensusSpec::paper(),
+        Preset::Mean => &*MEAN,
+        Preset::Paper => &*PAPER,
     };
     let mut kit = Kit {
         backend,
@@ -141,6 +155,7 @@ pub fn check(backend: &mut dyn Backend, settings: Settings) -> Result<(), Violat
         kit.unfed_agents_stay()?;
         if one_vocabulary {
             kit.merge_is_obeyed()?;
+            kit.groups_merge_apart()?;
         }
     }
     let slots: Vec<SlotId> = (0..info.slots).map(SlotId).collect();
@@ -175,7 +190,13 @@ fn centred_rows(experts: usize, vocab: usize, salt: usize) -> Vec<Vec<f32>> {
 pub fn check_consensus(consensus: &dyn Consensus) -> Result<(), Violation> {
     let merge = |experts: usize, vocab: usize, salt: usize| {
         let rows = centred_rows(experts, vocab, salt);
-        let views: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+        let centred: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+        let stats: Vec<_> = centred.iter().map(|row| dlmom_core::stats(row)).collect();
+        let views = Views {
+            centred: &centred,
+            stats: &stats,
+            stream: None,
+        };
         let mut out = vec![f32::NAN; vocab];
         consensus.merge(&views, &mut out);
         match consensus.take_failure() {
@@ -275,6 +296,8 @@ fn row<'a>(slot: u32, feeds: &'a [(AgentId, Feed<'a>)], merge: &'a [AgentId]) ->
         slot: SlotId(slot),
         feeds,
         merge,
+        // The kit puts its own in before it calls.
+        consensus: &*MEAN,
         want,
     }
 }
@@ -304,7 +327,14 @@ impl Kit<'_> {
 
     fn call(&mut self, rows: &[Row<'_>]) -> Result<Vec<ReadRow>, BackendError> {
         let mut out = Readout::default();
-        self.backend.advance(rows, &self.consensus, &mut out)?;
+        let rows: Vec<Row<'_>> = rows
+            .iter()
+            .map(|row| Row {
+                consensus: self.consensus,
+                ..*row
+            })
+            .collect();
+        self.backend.advance(&rows, &mut out)?;
         Ok(out.rows)
     }
 
@@ -418,7 +448,8 @@ impl Kit<'_> {
         self.mates(agent, &prompt)?;
         self.errors(agent, &prompt)?;
         self.lanes(agent, &prompt)?;
-        self.scores(agent, &prompt)
+        self.scores(agent, &prompt)?;
+        self.hidden_is_kept(agent, &prompt)
     }
 
     fn packets(&mut self, agent: AgentId, prompt: &[u32]) -> Result<(), Violation> {
@@ -663,12 +694,14 @@ impl Kit<'_> {
                 slot: SlotId(0),
                 feeds: &first,
                 merge: &merge,
+                consensus: self.consensus,
                 want: myself,
             },
             Row {
                 slot: SlotId(1),
                 feeds: &second,
                 merge: &merge,
+                consensus: self.consensus,
                 want: myself,
             },
         ];
@@ -701,6 +734,131 @@ impl Kit<'_> {
             .ok_or_else(|| wrong("no divergence".into()))?;
         if own.kl.abs() > slack || (own.cosine - 1.0).abs() > slack || cross.kl <= slack {
             return Err(wrong(format!("own {own:?}, cross {cross:?}")));
+        }
+        Ok(())
+    }
+
+    fn hidden_is_kept(&mut self, agent: AgentId, prompt: &[u32]) -> Result<(), Violation> {
+        let wrong = |seen: String| broken(Rule::HiddenIsKept, seen);
+        let lane = LaneId {
+            slot: SlotId(0),
+            agent,
+        };
+        let merge = [agent];
+        let feeds = [(agent, Feed::Tokens(prompt))];
+        let want = Want {
+            top: TOP,
+            hidden: true,
+            ..Want::default()
+        };
+        self.open(0, 24)?;
+        let asked = Row {
+            want,
+            ..row(0, &feeds, &merge)
+        };
+        if matches!(self.call(&[asked]), Err(BackendError::Unsupported(_))) {
+            return Ok(());
+        }
+        let width = self
+            .backend
+            .info()
+            .model_of(agent)
+            .map_or(0, |m| m.hidden as usize);
+        let mut seen = Vec::new();
+        for align in [Align::Identity, Align::Ridge] {
+            let found = Self::set_up(self.backend.hidden(&[lane], align))?;
+            if found.values.len() != width || found.values.iter().any(|x| !x.is_finite()) {
+                return Err(wrong(format!(
+                    "{} values of a hidden state of width {width}",
+                    found.values.len()
+                )));
+            }
+            seen.push(found);
+        }
+        // What is fed by name is what is fed by value.
+        let named = [(
+            agent,
+            Feed::Hidden {
+                from: lane,
+                align: Align::Identity,
+            },
+        )];
+        let first = self.ok(&[row(0, &named, &merge)])?.remove(0);
+        self.open(0, 24)?;
+        self.tokens(0, agent, prompt)?;
+        let payload = Payload::Embed {
+            values: seen[0].values.clone(),
+            hidden: seen[0].hidden,
+        };
+        let valued = [(agent, Feed::Payload(&payload))];
+        let second = self.ok(&[row(0, &valued, &merge)])?.remove(0);
+        self.same(
+            Rule::HiddenIsKept,
+            &first,
+            &second,
+            "a hidden state fed by lane and by value",
+        )?;
+        self.open(0, 24)?;
+        self.tokens(0, agent, prompt)?;
+        if self.backend.hidden(&[lane], Align::Identity).is_ok() {
+            return Err(wrong("a hidden state that nobody asked to keep".into()));
+        }
+        Ok(())
+    }
+
+    fn groups_merge_apart(&mut self) -> Result<(), Violation> {
+        let wrong = |seen: String| broken(Rule::GroupsMergeApart, seen);
+        let (a, b) = (self.agents[0], self.agents[1]);
+        let prompt = self.prompt(6, 2);
+        let merge = [a, b];
+        let feeds = [(a, Feed::Tokens(&prompt)), (b, Feed::Tokens(&prompt))];
+        let uplink = Uplink {
+            k: Some(TOP),
+            encoding: WireEncoding::F32,
+            meta: Meta {
+                fingerprint: 1,
+                step: 0,
+            },
+        };
+        let together = [vec![0, 1]];
+        let apart = [vec![1], vec![0]];
+        let mut reads = Vec::new();
+        for members in [None, Some(&together[..]), Some(&apart[..])] {
+            self.open(0, 24)?;
+            let want = Want {
+                top: TOP,
+                groups: members.map(|members| Groups {
+                    members,
+                    consensus: self.consensus,
+                    uplink,
+                }),
+                ..Want::default()
+            };
+            let asked = Row {
+                want,
+                ..row(0, &feeds, &merge)
+            };
+            reads.push(self.ok(&[asked])?.remove(0));
+        }
+        let [plain, one, two] = &reads[..] else {
+            return Ok(());
+        };
+        if one.read.ids != plain.read.ids {
+            return Err(wrong(format!(
+                "one group of all sends up {:?}, consensus reads {:?}",
+                one.read.ids, plain.read.ids
+            )));
+        }
+        for (read, groups) in [(one, 1), (two, 2)] {
+            if read.read.entropies != plain.read.entropies {
+                return Err(wrong(format!(
+                    "{groups} groups: entropies {:?} of the agents became {:?}",
+                    plain.read.entropies, read.read.entropies
+                )));
+            }
+            if read.uplink_bytes == 0 {
+                return Err(wrong(format!("{groups} groups sent up no byte")));
+            }
         }
         Ok(())
     }

@@ -4,24 +4,32 @@ pub mod assemble;
 pub mod backend;
 pub mod config;
 pub mod conformance;
+pub mod controls;
 pub mod ids;
 pub mod link;
 pub mod mock;
 pub mod orchestrator;
 pub mod outcome;
+pub mod replay;
 mod sample;
+pub mod topology;
 
 pub use assemble::{Assembler, check_rows};
 pub use backend::{
-    Align, Backend, BackendError, Embeddings, EnsembleInfo, Feed, LaneSpec, MemoryStats, Message,
-    ModelInfo, Payload, PromptSource, ReadRow, Readout, Row, Versus, Want,
+    Align, Backend, BackendError, Embeddings, EnsembleInfo, Feed, Groups, LaneSpec, MemoryStats,
+    Message, ModelInfo, Payload, PromptSource, ReadRow, Readout, Row, Versus, Want,
 };
-pub use config::{ConfigError, LoopConfig};
+pub use config::{ConfigError, LoopConfig, Signal};
+pub use controls::{Controls, Donor, Donors, HandoffControl, PacketControl};
 pub use ids::{AgentId, LaneId, ModelId, SlotId};
 pub use link::{Link, LinkError, LinkMessage, LinkSpec, Support, Uplink, Wire, WireEncoding};
 pub use mock::MockBackend;
 pub use orchestrator::{
     Hooks, Progress, RuleSource, RunError, RunOptions, RunStats, Session, Sink, StepEvent,
-    check_vocabularies, run, run_with,
+    check_config, check_vocabularies, run, run_all, run_with,
 };
-pub use outcome::{Job, JobKey, Outcome, Spread, Stop, Trace, entropy_bin};
+pub use outcome::{
+    Divergences, Follow, HandoffRecord, Job, JobKey, Outcome, Rival, Spread, Stop, Trace,
+    entropy_bin,
+};
+pub use topology::{Handoff, Hierarchy, Role, Sequential, Topology, TopologyError, Trigger};

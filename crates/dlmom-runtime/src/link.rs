@@ -1,11 +1,14 @@
 //! What crosses a link between agents, in the bytes that really cross it (suite A3).
 
 use dlmom_packet::{
-    BeliefPacket, DecodeError, Encoding, Meta, PacketError, Scalar, decode_dense_exact,
-    decode_embed_exact, decode_exact, encode_dense_into, encode_embed_into, encode_into,
+    BeliefPacket, DecodeError, Encoding, Meta, PacketError, Scalar, Transcript, TranscriptError,
+    decode_dense_exact, decode_embed_exact, decode_exact, encode_dense_into, encode_embed_into,
+    encode_into,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::backend::Align;
 
 /// The kind of message that consensus sends down to the agents in latent steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -17,6 +20,22 @@ pub enum LinkMessage {
     Belief,
     /// The distribution over the whole vocabulary, without ids.
     Logits,
+    /// The agent's last hidden state, aligned with the input embeddings of its model (`LatentMAS`, arXiv
+    /// 2511.20639); agents of one model, one at a time.
+    Hidden,
+}
+
+impl LinkMessage {
+    /// The name under which it is recorded.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Embed => "embed",
+            Self::Belief => "belief",
+            Self::Logits => "logits",
+            Self::Hidden => "hidden",
+        }
+    }
 }
 
 /// How the numbers of a message are written.
@@ -72,6 +91,9 @@ pub struct LinkSpec {
     pub encoding: WireEncoding,
     /// What consensus sees.
     pub support: Support,
+    /// How hidden states become input embeddings; ignored by the other messages.
+    #[serde(default)]
+    pub align: Align,
 }
 
 impl Default for LinkSpec {
@@ -81,6 +103,7 @@ impl Default for LinkSpec {
             message: LinkMessage::Belief,
             encoding: WireEncoding::F32,
             support: Support::Full,
+            align: Align::default(),
         }
     }
 }
@@ -95,6 +118,9 @@ pub enum LinkError {
     /// The receiver could not read it.
     #[error("message could not be decoded: {0}")]
     Decode(#[from] DecodeError),
+    /// Packets that are no transcript, or one that could not be read.
+    #[error("transcript: {0}")]
+    Transcript(#[from] TranscriptError),
     /// The encoding has no form for this message.
     #[error("compact encoding is for packets only")]
     NoScalar,
@@ -134,6 +160,30 @@ pub trait Link: Send {
         meta: Meta,
         scalar: Scalar,
     ) -> Result<(Vec<f32>, usize), LinkError>;
+
+    /// The packets of a latent span, and the length of all of them in bytes. By default one
+    /// [`Link::packet`] after another.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    fn transcript(
+        &mut self,
+        transcript: &Transcript,
+        encoding: WireEncoding,
+    ) -> Result<(Vec<BeliefPacket>, usize), LinkError> {
+        let mut received = Vec::with_capacity(transcript.len());
+        let mut bytes = 0;
+        for (step, packet) in transcript.iter() {
+            let meta = Meta {
+                fingerprint: transcript.fingerprint(),
+                step,
+            };
+            let (packet, length) = self.packet(packet, meta, encoding)?;
+            received.push(packet);
+            bytes += length;
+        }
+        Ok((received, bytes))
+    }
 }
 
 /// The wire format of `dlmom-packet`.
@@ -175,6 +225,17 @@ impl Link for Wire {
         self.buffer.clear();
         let bytes = encode_embed_into(values, scalar, meta, &mut self.buffer)?;
         Ok((decode_embed_exact(&self.buffer)?.values, bytes))
+    }
+
+    fn transcript(
+        &mut self,
+        transcript: &Transcript,
+        encoding: WireEncoding,
+    ) -> Result<(Vec<BeliefPacket>, usize), LinkError> {
+        self.buffer.clear();
+        let bytes = transcript.encode_into(encoding.packet(), &mut self.buffer)?;
+        let received = Transcript::decode_exact(&self.buffer)?;
+        Ok((received.into_packets(), bytes))
     }
 }
 

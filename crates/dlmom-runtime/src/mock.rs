@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use dlmom_core::Consensus;
 use dlmom_packet::BeliefPacket;
 
 use crate::assemble::{Assembler, check_rows};
 use crate::backend::{
-    Backend, BackendError, Embeddings, EnsembleInfo, Feed, LaneSpec, MemoryStats, ModelInfo,
+    Align, Backend, BackendError, Embeddings, EnsembleInfo, Feed, LaneSpec, MemoryStats, ModelInfo,
     Payload, PromptSource, Readout, Row,
 };
 use crate::ids::{AgentId, LaneId, ModelId, SlotId};
@@ -21,6 +20,8 @@ pub type Script = dyn Fn(LaneId, &[Position], &mut [f32]) + Send;
 struct Lane {
     positions: Vec<Position>,
     max_len: u32,
+    /// The hidden state of the last position, where it was asked for.
+    hidden: Option<Vec<f32>>,
 }
 
 /// The reference implementation of [`Backend`]: exact, small, without any model.
@@ -75,6 +76,7 @@ impl MockBackend {
                 eos: vec![0],
                 dtype: "fp32".into(),
                 path: "mock".into(),
+                kv_bytes_per_position: u64::from(HIDDEN) * 8,
                 ..ModelInfo::default()
             })
             .collect();
@@ -114,7 +116,7 @@ impl MockBackend {
         &mut self.info
     }
 
-    fn positions_of(feed: &Feed<'_>) -> Result<Vec<Position>, BackendError> {
+    fn positions_of(&self, feed: &Feed<'_>) -> Result<Vec<Position>, BackendError> {
         let entries = |packet: &BeliefPacket| {
             packet
                 .ids()
@@ -145,10 +147,23 @@ impl MockBackend {
                         .collect()
                 })
                 .collect()),
-            Feed::Hidden { .. } => Err(BackendError::Unsupported(
-                "the mock has no hidden states".into(),
-            )),
+            Feed::Hidden { from, align } => {
+                let values = self.aligned(*from, *align)?;
+                let hidden = HIDDEN;
+                self.positions_of(&Feed::Payload(&Payload::Embed { values, hidden }))
+            }
         }
+    }
+
+    fn aligned(&self, lane: LaneId, align: Align) -> Result<Vec<f32>, BackendError> {
+        let held = self.lanes.get(&lane).and_then(|l| l.hidden.as_ref());
+        let state =
+            held.ok_or_else(|| BackendError::Invalid(format!("{lane} keeps no hidden state")))?;
+        let factor = match align {
+            Align::Identity => 1.0,
+            Align::Ridge => 0.5,
+        };
+        Ok(state.iter().map(|x| factor * x).collect())
     }
 }
 
@@ -158,6 +173,22 @@ fn mix(mut x: u64) -> u64 {
     x ^= x >> 33;
     x = x.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
     x ^ (x >> 33)
+}
+
+/// A stand-in for a hidden state: a fixed function of the lane's last positions.
+fn hidden_state(positions: &[Position]) -> Vec<f32> {
+    (0..u64::from(HIDDEN))
+        .map(|at| {
+            let mut sum = 0.0_f64;
+            for (back, position) in positions.iter().rev().take(MEMORY).enumerate() {
+                for &(id, p) in position {
+                    let seed = (u64::from(id) << 16) ^ ((back as u64) << 8) ^ at ^ (7 << 40);
+                    sum += f64::from(p) * (mix(seed) as f64 / u64::MAX as f64 - 0.5);
+                }
+            }
+            sum as f32
+        })
+        .collect()
 }
 
 fn hashed_logits(lane: LaneId, positions: &[Position], out: &mut [f32]) {
@@ -240,18 +271,14 @@ impl Backend for MockBackend {
                 Lane {
                     positions: Vec::new(),
                     max_len: spec.max_len,
+                    hidden: None,
                 },
             );
         }
         Ok(())
     }
 
-    fn advance(
-        &mut self,
-        rows: &[Row<'_>],
-        consensus: &dyn Consensus,
-        out: &mut Readout,
-    ) -> Result<(), BackendError> {
+    fn advance(&mut self, rows: &[Row<'_>], out: &mut Readout) -> Result<(), BackendError> {
         check_rows(&self.info, rows)?;
         if let Some(left) = &mut self.fail_after {
             if *left == 0 {
@@ -269,7 +296,7 @@ impl Backend for MockBackend {
                     slot: row.slot,
                     agent: *agent,
                 };
-                let positions = Self::positions_of(feed)?;
+                let positions = self.positions_of(feed)?;
                 let held = self
                     .lanes
                     .get(&lane)
@@ -282,15 +309,16 @@ impl Backend for MockBackend {
                         limit: held.max_len,
                     });
                 }
-                taken.push((lane, held.positions.len(), positions));
+                taken.push((lane, held.positions.len(), positions, row.want.hidden));
             }
         }
         let mut logits: BTreeMap<LaneId, Vec<f32>> = BTreeMap::new();
         let mut before = Vec::with_capacity(taken.len());
-        for (lane, length, positions) in taken {
+        for (lane, length, positions, keep) in taken {
             let vocab = self.info.model_of(lane.agent).map_or(0, |m| m.vocab);
             if let Some(held) = self.lanes.get_mut(&lane) {
                 held.positions.extend(positions);
+                held.hidden = keep.then(|| hidden_state(&held.positions));
                 let mut z = vec![0.0; vocab as usize];
                 (self.script)(lane, &held.positions, &mut z);
                 logits.insert(lane, z);
@@ -305,9 +333,7 @@ impl Backend for MockBackend {
                 })
                 .map(Vec::as_slice)
         };
-        let result = self
-            .assembler
-            .assemble(&self.info, rows, consensus, &find, out);
+        let result = self.assembler.assemble(&self.info, rows, &find, out);
         if result.is_err() {
             for (lane, length) in before {
                 if let Some(held) = self.lanes.get_mut(&lane) {
@@ -331,6 +357,17 @@ impl Backend for MockBackend {
                     .sum();
                 values.push(sum as f32);
             }
+        }
+        Ok(Embeddings {
+            values,
+            hidden: HIDDEN,
+        })
+    }
+
+    fn hidden(&mut self, lanes: &[LaneId], align: Align) -> Result<Embeddings, BackendError> {
+        let mut values = Vec::with_capacity(lanes.len() * HIDDEN as usize);
+        for &lane in lanes {
+            values.extend(self.aligned(lane, align)?);
         }
         Ok(Embeddings {
             values,
@@ -362,6 +399,8 @@ impl Backend for MockBackend {
                 ))
             })?
             .to_vec();
+        let state = donor.hidden.clone();
+        let whole = length as usize == donor.positions.len();
         let target = self.lanes.get_mut(&to).ok_or_else(|| missing(to))?;
         if length > target.max_len {
             return Err(BackendError::Capacity {
@@ -371,6 +410,7 @@ impl Backend for MockBackend {
             });
         }
         target.positions = prefix;
+        target.hidden = state.filter(|_| whole);
         Ok(())
     }
 
@@ -386,6 +426,7 @@ impl Backend for MockBackend {
             )));
         }
         held.positions.truncate(len as usize);
+        held.hidden = None;
         Ok(())
     }
 

@@ -3,16 +3,16 @@
 #![expect(clippy::unwrap_used, reason = "test helpers")]
 
 use dlmom_core::{
-    AlphaUnit, Consensus, ConsensusSpec, Controller, ControllerFailure, ControllerSpec, Decision,
-    Force, Gate, GateController, Mode, Reason, Start,
+    Consensus, ConsensusSpec, Controller, ControllerFailure, ControllerSpec, Decision, Force, Gate,
+    GateController, Method, Mode, Reason, Start, Views,
 };
 use dlmom_packet::BeliefPacket;
 use dlmom_runtime::conformance::{
     Preset, Rule, Settings, check, check_consensus, check_controller,
 };
 use dlmom_runtime::{
-    AgentId, Backend, BackendError, EnsembleInfo, Feed, LaneId, LaneSpec, MemoryStats, MockBackend,
-    ModelId, PromptSource, Readout, Row, SlotId,
+    AgentId, Align, Backend, BackendError, Embeddings, EnsembleInfo, Feed, LaneId, LaneSpec,
+    MemoryStats, MockBackend, ModelId, PromptSource, Readout, Row, SlotId,
 };
 
 const EXACT: Settings = Settings {
@@ -35,6 +35,9 @@ enum Fault {
     MovesUnfedAgents,
     IgnoresVersus,
     WrongTargets,
+    IgnoresGroups,
+    ForgetsHidden,
+    KeepsHidden,
 }
 
 /// A mock that breaks one rule of the contract by rewriting the calls it passes on.
@@ -110,12 +113,7 @@ impl Backend for Broken {
         }
         self.inner.open(&wide)
     }
-    fn advance(
-        &mut self,
-        rows: &[Row<'_>],
-        consensus: &dyn Consensus,
-        out: &mut Readout,
-    ) -> Result<(), BackendError> {
+    fn advance(&mut self, rows: &[Row<'_>], out: &mut Readout) -> Result<(), BackendError> {
         let everyone = [AgentId(0), AgentId(1)];
         let pad = vec![1_u32; 64];
         let longest = rows
@@ -196,8 +194,12 @@ impl Backend for Broken {
                 let all = feeds.len() == 2 && self.fault == Fault::IgnoresMerge;
                 let merge = if all { &everyone[..] } else { row.merge };
                 let mut want = row.want;
-                if self.fault == Fault::IgnoresVersus {
-                    want.versus = want.versus.map(|_| row.slot);
+                match self.fault {
+                    Fault::IgnoresVersus => want.versus = want.versus.map(|_| row.slot),
+                    Fault::IgnoresGroups => want.groups = None,
+                    Fault::ForgetsHidden => want.hidden = false,
+                    Fault::KeepsHidden => want.hidden = true,
+                    _ => {}
                 }
                 Row {
                     feeds,
@@ -227,13 +229,11 @@ impl Backend for Broken {
                 }
             }
         }
-        let result = self.inner.advance(&changed, consensus, out);
+        let result = self.inner.advance(&changed, out);
         if result.is_err() && self.fault == Fault::AdvancesOnError {
             // The good rows of the refused call move all the same.
             for row in &changed {
-                let _ = self
-                    .inner
-                    .advance(std::slice::from_ref(row), consensus, out);
+                let _ = self.inner.advance(std::slice::from_ref(row), out);
             }
         }
         result?;
@@ -270,10 +270,11 @@ impl Backend for Broken {
                                 slot: row.slot,
                                 feeds: &feed,
                                 merge: &merge,
+                                consensus: row.consensus,
                                 want: row.want,
                             };
                             let mut ignored = Readout::default();
-                            let _ = self.inner.advance(&[extra], consensus, &mut ignored);
+                            let _ = self.inner.advance(&[extra], &mut ignored);
                         }
                     }
                 }
@@ -293,6 +294,9 @@ impl Backend for Broken {
             _ => {}
         }
         Ok(())
+    }
+    fn hidden(&mut self, lanes: &[LaneId], align: Align) -> Result<Embeddings, BackendError> {
+        self.inner.hidden(lanes, align)
     }
     fn fork(&mut self, from: LaneId, to: LaneId, upto: Option<u32>) -> Result<(), BackendError> {
         self.inner.fork(from, to, upto)?;
@@ -366,6 +370,9 @@ fn every_broken_mock_is_found_by_the_rule_it_breaks() {
         ),
         (Fault::IgnoresVersus, vec![Rule::VersusMeasures]),
         (Fault::WrongTargets, vec![Rule::TargetsAgree]),
+        (Fault::IgnoresGroups, vec![Rule::GroupsMergeApart]),
+        (Fault::ForgetsHidden, vec![Rule::HiddenIsKept, Rule::SetUp]),
+        (Fault::KeepsHidden, vec![Rule::HiddenIsKept]),
         (Fault::AdvancesOnError, vec![Rule::ErrorsDoNotAdvance]),
     ];
     for (fault, rules) in cases {
@@ -390,10 +397,11 @@ impl Consensus for Forgetful {
     fn name(&self) -> &'static str {
         "forgetful"
     }
-    fn merge(&self, centred: &[&[f32]], out: &mut [f32]) {
+    fn merge(&self, views: &Views<'_>, out: &mut [f32]) -> bool {
         let calls = self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        out.copy_from_slice(centred[0]);
+        out.copy_from_slice(views.centred[0]);
         out[0] += calls as f32;
+        true
     }
 }
 
@@ -403,16 +411,25 @@ impl Consensus for NotANumber {
     fn name(&self) -> &'static str {
         "nan"
     }
-    fn merge(&self, _: &[&[f32]], out: &mut [f32]) {
+    fn merge(&self, _: &Views<'_>, out: &mut [f32]) -> bool {
         out.fill(0.0);
         out[3] = f32::NAN;
+        true
     }
 }
 
 #[test]
 fn operators_are_pure_and_finite() {
     check_consensus(&ConsensusSpec::paper()).unwrap();
-    check_consensus(&ConsensusSpec::Mean).unwrap();
+    for method in [
+        Method::Mean,
+        Method::Arith,
+        Method::Poe,
+        Method::Best,
+        Method::Mixture,
+    ] {
+        check_consensus(&ConsensusSpec::of(method)).unwrap();
+    }
     let rule = |consensus: &dyn Consensus| check_consensus(consensus).unwrap_err().rule;
     assert_eq!(rule(&Forgetful(0.into())), Rule::ConsensusIsPure);
     assert_eq!(rule(&NotANumber), Rule::ConsensusIsFinite);
@@ -454,19 +471,17 @@ fn controllers_replay_and_count() {
         gate,
         w: Some(4),
         alpha: 0.5,
-        alpha_unit: AlphaUnit::Normalized,
         cap: 9,
         min_dwell_latent: 2,
-        min_dwell_explicit: 1,
-        convergence_threshold: None,
-        slope_eps: None,
-        var_eps: None,
         max_latent_steps: 20,
         start: Start::Latent,
+        ..ControllerSpec::default()
     };
     for gate in [
         Gate::Threshold,
         Gate::Trend,
+        Gate::Reference,
+        Gate::LatentThenExplicit,
         Gate::AlwaysLatent,
         Gate::AlwaysExplicit,
     ] {

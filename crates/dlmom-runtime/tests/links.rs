@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use dlmom_core::{
     AlphaUnit, Consensus, ConsensusSpec, ControllerFailure, ControllerSpec, Gate, Mode, NoiseSpec,
-    Reason, Rule, SamplingSpec, Start,
+    Reason, Rule, SamplingSpec, Start, Views,
 };
 use dlmom_packet::{BeliefPacket, Meta, Scalar, dense_len, embed_len, encode};
 use dlmom_runtime::link::{Link, LinkError, Wire, expand};
@@ -30,6 +30,7 @@ fn config(message: LinkMessage, encoding: WireEncoding, support: Support) -> Loo
             message,
             encoding,
             support,
+            ..LinkSpec::default()
         },
         controller: ControllerSpec {
             gate: Gate::Threshold,
@@ -44,6 +45,7 @@ fn config(message: LinkMessage, encoding: WireEncoding, support: Support) -> Loo
             var_eps: None,
             max_latent_steps: 12,
             start: Start::Gate,
+            ..ControllerSpec::default()
         },
         consensus: ConsensusSpec::paper(),
         noise: NoiseSpec::None,
@@ -51,6 +53,7 @@ fn config(message: LinkMessage, encoding: WireEncoding, support: Support) -> Loo
         max_steps: 24,
         answer_reserve: 4,
         answer_cue: None,
+        ..LoopConfig::default()
     }
 }
 
@@ -73,6 +76,9 @@ fn job(index: u32) -> Job {
         },
         prompts: vec![PromptSource::Tokens { ids }; 2],
         trace: true,
+        config: 0,
+        schedule: None,
+        rival: None,
     }
 }
 
@@ -441,7 +447,7 @@ fn configurations_that_mean_nothing_are_refused() {
     let error = go(&mut two_models, &cfg, Hooks::default())
         .err()
         .expect("refused");
-    assert!(matches!(error, RunError::EmbedLink { .. }), "{error}");
+    assert!(matches!(error, RunError::VectorLink { .. }), "{error}");
 }
 
 /// Latent on every other wish.
@@ -520,9 +526,10 @@ impl Consensus for First {
         "first"
     }
 
-    fn merge(&self, centred: &[&[f32]], out: &mut [f32]) {
-        out.copy_from_slice(centred[0]);
+    fn merge(&self, views: &Views<'_>, out: &mut [f32]) -> bool {
+        out.copy_from_slice(views.centred[0]);
         *self.failed.lock().expect("not poisoned") = self.fail;
+        true
     }
 
     fn take_failure(&self) -> Option<Box<dyn std::error::Error + Send + Sync>> {
@@ -580,7 +587,7 @@ fn a_session_closed_early_frees_its_lanes() {
     let cfg = config(LinkMessage::Belief, WireEncoding::F32, Support::Full);
     let mut mock = shared();
     let mut session =
-        Session::new(&mut mock, &cfg, &RunOptions::default(), Hooks::default()).expect("starts");
+        Session::new(&mut mock, &[cfg], &RunOptions::default(), Hooks::default()).expect("starts");
     let mut jobs = (0..9).map(job);
     let mut sink = Collect::default();
     for _ in 0..3 {

@@ -5,8 +5,7 @@
 use std::ops::ControlFlow;
 
 use dlmom_core::{
-    AlphaUnit, Consensus, ConsensusSpec, ControllerSpec, Gate, Mode, NoiseSpec, Reason,
-    SamplingSpec, Start,
+    AlphaUnit, ConsensusSpec, ControllerSpec, Gate, Mode, NoiseSpec, Reason, SamplingSpec, Start,
 };
 use dlmom_runtime::{
     Backend, BackendError, EnsembleInfo, Feed, Job, JobKey, LaneId, LaneSpec, LinkSpec, LoopConfig,
@@ -29,6 +28,7 @@ fn controller(gate: Gate, alpha: f64, cap: i64) -> ControllerSpec {
         var_eps: None,
         max_latent_steps: 12,
         start: Start::Gate,
+        ..ControllerSpec::default()
     }
 }
 
@@ -43,6 +43,7 @@ fn config(gate: Gate, alpha: f64) -> LoopConfig {
         max_steps: 24,
         answer_reserve: 4,
         answer_cue: None,
+        ..LoopConfig::default()
     }
 }
 
@@ -56,6 +57,9 @@ fn job(index: u32, agents: usize, length: u32) -> Job {
         },
         prompts: vec![PromptSource::Tokens { ids }; agents],
         trace: true,
+        config: 0,
+        schedule: None,
+        rival: None,
     }
 }
 
@@ -134,6 +138,7 @@ fn a_sample_is_the_same_alone_in_a_batch_in_any_order_and_after_refill() {
             top_k: 0,
             top_p: 0.95,
             min_p: 0.0,
+            ..SamplingSpec::GREEDY
         };
         let jobs = || (0..17).map(|i| job(i, 2, 3 + i % 5)).collect::<Vec<_>>();
         let (alone, _) = go(&mut MockBackend::hashed(2, 23, 1, 64), &cfg, jobs());
@@ -371,12 +376,7 @@ impl Backend for BadSlot {
             .retain(|s| !lanes.iter().any(|l| l.lane.slot == *s));
         self.inner.open(lanes)
     }
-    fn advance(
-        &mut self,
-        rows: &[Row<'_>],
-        consensus: &dyn Consensus,
-        out: &mut Readout,
-    ) -> Result<(), BackendError> {
+    fn advance(&mut self, rows: &[Row<'_>], out: &mut Readout) -> Result<(), BackendError> {
         for row in rows {
             if let (_, Feed::Tokens(ids)) = &row.feeds[0]
                 && ids.len() > 1
@@ -391,7 +391,7 @@ impl Backend for BadSlot {
                 source: "device side assert".into(),
             });
         }
-        self.inner.advance(rows, consensus, out)
+        self.inner.advance(rows, out)
     }
     fn fork(&mut self, from: LaneId, to: LaneId, upto: Option<u32>) -> Result<(), BackendError> {
         self.inner.fork(from, to, upto)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .align import Aligner
 from .cache import BUCKET, padded_rows
 from .device import (
     device_bytes,
@@ -49,11 +50,13 @@ class Engine:
         self._slots = slots
         self._max_len = max_len
         self._reasons: list[str | None] = [None] * len(experts)
+        self._position_bytes: dict[int, int] = {}
         self._bit_invariant = False
         self._bit_reason = ""
         self._lanes: list[Lanes] = []
         self._invariant = False
         self._compressor: Any | None = None
+        self._aligners: dict[int, Aligner] = {}
 
     @staticmethod
     def load(
@@ -163,6 +166,7 @@ class Engine:
             if failure is not None:
                 failures.append(f"{expert.name}: {failure}")
         self._reasons = reasons
+        self._position_bytes = {i: lanes.position_bytes() for i, lanes in enumerate(templates)}
         self._bit_invariant = invariant and not failures
         if invariant:
             self._bit_reason = "; ".join(failures) or (
@@ -224,7 +228,7 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """What was loaded and how it runs; see the keys in DESIGN section 9 and the Rust side."""
         models = [
-            expert.info(self._row_slot(i), self._reasons[i])
+            expert.info(self._row_slot(i), self._reasons[i], self._position_bytes.get(i, 0))
             for i, expert in enumerate(self._experts)
         ]
         return {
@@ -325,12 +329,14 @@ class Engine:
     def advance(self, calls: Iterable[RawCall]) -> list[tuple[Tensor, Tensor | None]]:
         """Append positions to lanes and return their last logits.
 
-        One call per agent that moves: ``(agent, spans, step)``. A span ``(slot, ids, probs, n, k,
-        payload)`` appends n packets to one lane and is forwarded alone at its exact length; the
-        step ``(slots, ids, probs, k, payloads)`` appends one packet to each of its slots in one
+        One call per agent that moves: ``(agent, spans, step, hidden)``. A span ``(slot, ids, probs,
+        n, k, payload)`` appends n packets to one lane and is forwarded alone at its exact length;
+        the step ``(slots, ids, probs, k, payloads)`` appends one packet to each of its slots in one
         forward. ids are little-endian u32, probs f32, row-major [n, k]; padding entries have
         probability 0 and a valid id. Payloads are embeddings or whole-vocabulary probabilities in
-        place of packets, see ``packets.RawSpan`` and ``packets.RawStep``.
+        place of packets, see ``packets.RawSpan`` and ``packets.RawStep``. The slots in ``hidden``
+        keep the hidden state of their last position for :meth:`hidden`; the others of this call
+        forget theirs.
 
         Returns per call ``(span_logits [spans, V], step_logits [rows, V] or None)``: float32 on the
         host, contiguous, the real vocabulary only, in the order given. A lane that produced NaN
@@ -354,13 +360,75 @@ class Engine:
         ]
         with torch.inference_mode():
             try:
-                return [self._run(call) for call in parsed]
+                answers = [self._run(call) for call in parsed]
             except BaseException:
                 for lanes, positions in saved:
                     lanes.restore(positions)
                 raise
+        for call, (_, _, states) in zip(parsed, answers, strict=True):
+            held = self._lanes[call.agent].hidden
+            for slot, _ in call.appended():
+                held.pop(slot, None)
+            held.update(states)
+        return [(spans, step) for spans, step, _ in answers]
 
-    def _run(self, call: Call) -> tuple[Tensor, Tensor | None]:
+    def _run(self, call: Call) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """One agent's logits, and the hidden states it was asked to keep, by slot."""
+        expert = self._lanes[call.agent].expert
+        expert.captured = [] if call.hidden else None
+        try:
+            spans, step = self._forward(call)
+            states = expert.captured or []
+        finally:
+            expert.captured = None
+        return spans, step, self._kept(call, states)
+
+    def _kept(self, call: Call, states: list[Tensor]) -> dict[int, Tensor]:
+        """Hidden states by slot, from what the forwards of a call left, in order."""
+        if not call.hidden:
+            return {}
+        lanes = self._lanes[call.agent]
+        kept: dict[int, Tensor] = {}
+        found = iter(states)
+        for slot, _ in call.spans:
+            kept[slot] = next(found)[0]
+        if isinstance(lanes, RowSlotLanes):
+            rows = next(found) if call.step_slots else None
+            for slot in call.step_slots:
+                assert rows is not None
+                kept[slot] = rows[slot]
+        else:
+            for slot in call.step_slots:
+                kept[slot] = next(found)[0]
+        return {slot: state.clone() for slot, state in kept.items() if slot in call.hidden}
+
+    def hidden(self, lanes: list[tuple[int, int]], ridge: bool) -> tuple[bytes, int]:
+        """Aligned hidden states of lanes (slot, agent) of one model, see :mod:`.align`.
+
+        Returns the values [n, hidden], rounded to the model's dtype, as little-endian f32, and the
+        width. ValueError for a lane that keeps none, and for lanes of several models.
+        """
+        if not lanes:
+            raise ValueError("no lanes were named")
+        models = {self._agents[agent] for _, agent in lanes if self._agent(agent)}
+        if len(models) != 1:
+            raise ValueError("hidden states of several models cannot be aligned at once")
+        states = []
+        for slot, agent in lanes:
+            state = self._agent(agent).hidden.get(slot)
+            if state is None:
+                raise ValueError(f"slot {slot} of agent {agent} keeps no hidden state")
+            states.append(state)
+        model = models.pop()
+        expert = self._experts[model]
+        if model not in self._aligners:
+            self._aligners[model] = Aligner(expert.model, expert.embeddings, expert.vocabulary.size)
+        with torch.inference_mode():
+            aligned = self._aligners[model](torch.stack(states), ridge)
+            values = aligned.to(device="cpu", dtype=torch.float32).numpy()
+        return values.astype("<f4").tobytes(), values.shape[1]
+
+    def _forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
         lanes = self._lanes[call.agent]
         expert = lanes.expert
         vocab = expert.vocabulary.size

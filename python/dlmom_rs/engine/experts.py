@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,23 @@ class Expert:
     weights_sha256: str
     #: whether one forward's rows influence each other's bits through shared expert batches
     routed: bool
+    #: where a forward under way leaves the hidden states of its last positions, [rows, hidden]
+    captured: list[torch.Tensor] | None = field(default=None, repr=False)
 
     @property
     def embeddings(self) -> nn.Module:
         """The module that turns ids into input embeddings, scaling included."""
         module: nn.Module = self.model.get_input_embeddings()
         return module
+
+    def watch(self) -> None:
+        """Let forwards leave what their head is given in ``captured``, where that is a list."""
+
+        def note(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if self.captured is not None:
+                self.captured.append(inputs[0][:, -1])
+
+        self.model.get_output_embeddings().register_forward_pre_hook(note)
 
     @property
     def cache_keyword(self) -> str:
@@ -68,8 +79,11 @@ class Expert:
             self.family.windows, self.family.per_type, self.attention == "eager", self.dtype
         )
 
-    def info(self, row_slot: bool, reason: str | None) -> dict[str, Any]:
-        """What the engine reports of this model; the path is decided by the self-test."""
+    def info(self, row_slot: bool, reason: str | None, position_bytes: int) -> dict[str, Any]:
+        """What the engine reports of this model; the path is decided by the self-test.
+
+        ``position_bytes`` are those of the keys and values of one position, over all layers.
+        """
         v = self.vocabulary
         dtypes = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
         return {
@@ -92,6 +106,7 @@ class Expert:
             "path": "row_slot" if row_slot else "per_row",
             "path_reason": reason,
             "attention": self.attention,
+            "kv_bytes_per_position": position_bytes,
         }
 
 
@@ -347,7 +362,7 @@ def load_expert(
         raise ModelError(
             f"{folder}: the tokenizer has {vocabulary.size} ids, the model only {rows} rows"
         )
-    return Expert(
+    expert = Expert(
         name=name,
         source=source,
         folder=folder,
@@ -364,3 +379,5 @@ def load_expert(
         weights_sha256=weights_digest(files),
         routed=families.expert_layers(text_config),
     )
+    expert.watch()
+    return expert

@@ -39,6 +39,8 @@ class Lanes(ABC):
         accepted = inspect.signature(expert.model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._cache_keyword = expert.cache_keyword
+        #: Hidden states of last positions, [hidden] each, of the slots that keep theirs.
+        self.hidden: dict[int, Tensor] = {}
         self._takes_positions = "position_ids" in accepted
 
     def get(self, slot: int) -> Lane:
@@ -56,6 +58,7 @@ class Lanes(ABC):
     def close(self, slot: int) -> None:
         """Forget a slot's lane and its history; a closed slot is left alone."""
         lane = self.lanes.pop(slot, None)
+        self.hidden.pop(slot, None)
         if lane is not None:
             self._drop(slot, 0)
 
@@ -64,6 +67,8 @@ class Lanes(ABC):
         lane = self.get(slot)
         if not 0 <= length <= lane.length:
             raise ValueError(f"cannot cut slot {slot} to {length}: it holds {lane.length}")
+        if length < lane.length:
+            self.hidden.pop(slot, None)
         lane.length = length
         self._drop(slot, length)
 
@@ -86,9 +91,12 @@ class Lanes(ABC):
             raise ValueError(
                 f"cannot fork {length} positions into slot {dst}: its limit is {limit}"
             )
+        state = source.hidden.get(src) if length == origin.length else None
         self.open(dst, limit)
         self._copy(source, src, dst, length)
         self.lanes[dst].length = length
+        if state is not None:
+            self.hidden[dst] = state
 
     def save(self, slots: Iterable[int]) -> dict[int, int]:
         """The positions of some lanes, for ``restore``."""
@@ -122,6 +130,10 @@ class Lanes(ABC):
 
         ValueError for a closed lane.
         """
+
+    @abstractmethod
+    def position_bytes(self) -> int:
+        """Bytes of keys and values of one position, over all layers; 0 before a first forward."""
 
     @abstractmethod
     def nbytes(self) -> int:
@@ -219,6 +231,9 @@ class RowSlotLanes(Lanes):
     def views(self, slot: int) -> list[tuple[Tensor, Tensor]]:
         return self.cache.lane_views(slot, self.get(slot).length)
 
+    def position_bytes(self) -> int:
+        return self.cache.nbytes() // (self.slots * self.cache.plan.capacity)
+
     def nbytes(self) -> int:
         return self.cache.nbytes()
 
@@ -240,6 +255,7 @@ class PerRowLanes(Lanes):
         # Without a config every layer keeps its whole history, so any lane can be cut; the model
         # still applies its windows through the masks it makes.
         self._caches: dict[int, DynamicCache] = {}
+        self._position_bytes = 0
         self._rotary = [
             m for m in expert.model.modules() if _is_dynamic(getattr(m, "rope_type", None))
         ]
@@ -257,7 +273,14 @@ class PerRowLanes(Lanes):
         extra: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
         logits = self._logits(x[None], self._caches[slot], **extra)
         lane.length = stop
+        if not self._position_bytes:
+            views = self.views(slot)
+            held = sum(keys.nbytes + values.nbytes for keys, values in views)
+            self._position_bytes = held // stop
         return logits[0]
+
+    def position_bytes(self) -> int:
+        return self._position_bytes
 
     def step(self, slots: list[int], x: Tensor) -> Tensor:
         return torch.stack([self.span(slot, x[i : i + 1]) for i, slot in enumerate(slots)])

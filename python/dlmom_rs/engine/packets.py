@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 RawSpan = tuple[int, bytearray, bytearray, int, int, "tuple[str, bytearray] | None"]
 #: One step: (slots, ids, probs, k, payloads); a payload (kind, rows, values) replaces its rows.
 RawStep = tuple[list[int], bytearray, bytearray, int, "list[tuple[str, list[int], bytearray]]"]
-#: One agent's call: (agent, spans, step or None).
-RawCall = tuple[int, list[RawSpan], RawStep | None]
+#: One agent's call: (agent, spans, step or None, slots whose hidden states are kept).
+RawCall = tuple[int, list[RawSpan], RawStep | None, list[int]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Values:
 class Call:
     """What one agent appends: whole spans, each to its slot, and one position to some slots.
 
-    ``payloads`` are messages in place of the packets of some rows of the step.
+    ``payloads`` are messages in place of the packets of some rows of the step; ``hidden`` names the
+    slots whose last hidden states are kept.
     """
 
     agent: int
@@ -44,6 +45,7 @@ class Call:
     step_slots: list[int]
     step: Entries | None
     payloads: list[tuple[list[int], Values]]
+    hidden: frozenset[int]
 
     def appended(self) -> list[tuple[int, int]]:
         """(slot, positions appended) of every row of this call."""
@@ -89,7 +91,7 @@ def read_values(kind: str, data: bytearray, n: int, width: int) -> Values:
 
 def read_call(raw: RawCall, vocab: int, hidden: int) -> Call:
     """Read one agent's call; ValueError where it is malformed or names a slot twice."""
-    agent, spans, step = raw
+    agent, spans, step, keeping = raw
     widths = {"embed": hidden, "dense": vocab}
     read: list[tuple[int, Entries | Values]] = []
     for slot, ids, probs, n, k, payload in spans:
@@ -107,7 +109,7 @@ def read_call(raw: RawCall, vocab: int, hidden: int) -> Call:
             if any(not 0 <= row < len(slots) for row in rows):
                 raise ValueError(f"a payload names a row outside 0..{len(slots)}")
             payloads.append((rows, read_values(kind, data, len(rows), widths.get(kind, 0))))
-    call = Call(agent, read, slots, entries, payloads)
+    call = Call(agent, read, slots, entries, payloads, frozenset(keeping))
     named = [slot for slot, _ in call.appended()]
     if len(set(named)) != len(named):
         twice = next(slot for slot in named if named.count(slot) > 1)

@@ -124,14 +124,18 @@ def step(rows: dict[int, Packet], k: int | None = None) -> RawStep:
     return list(rows), ids, probs, width, []
 
 
-def prefill(engine: Engine, slot: int, packets: Sequence[Packet], agent: int = 0) -> Tensor:
-    """Append a span to one lane; its last logits [V]."""
-    call: RawCall = (agent, [span(slot, packets)], None)
+def prefill(
+    engine: Engine, slot: int, packets: Sequence[Packet], agent: int = 0, *, hidden: bool = False
+) -> Tensor:
+    """Append a span to one lane, keeping its hidden state or not; its last logits [V]."""
+    call: RawCall = (agent, [span(slot, packets)], None, [slot] if hidden else [])
     return engine.advance([call])[0][0][0]
 
 
-def advance(engine: Engine, rows: dict[int, Packet], agent: int = 0) -> dict[int, Tensor]:
+def advance(
+    engine: Engine, rows: dict[int, Packet], agent: int = 0, *, hidden: Sequence[int] = ()
+) -> dict[int, Tensor]:
     """Append one packet to each slot's lane in one step; logits [V] by slot."""
-    logits = engine.advance([(agent, [], step(rows))])[0][1]
+    logits = engine.advance([(agent, [], step(rows), list(hidden))])[0][1]
     assert logits is not None
     return dict(zip(rows, logits, strict=True))

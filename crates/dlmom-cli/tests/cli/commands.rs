@@ -12,6 +12,8 @@ fn help_of_every_command() {
         &["--help"][..],
         &["run", "--help"],
         &["aggregate", "--help"],
+        &["compare", "--help"],
+        &["calibrate", "--help"],
         &["replay", "--help"],
         &["validate", "--help"],
         &["list", "--help"],

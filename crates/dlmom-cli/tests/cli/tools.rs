@@ -394,6 +394,7 @@ fn suites_files_are_expanded_for_both_settings() {
     ok: FILE: 1 suites, 3 cells
     ok: FILE: agents of one model: 2 run, 1 same as another, 0 skipped; not built yet: S3
     ok: FILE: agents of several models: 2 run, 0 same as another, 1 skipped; not built yet: S3
+    ok: FILE: agents of a chain: 2 run, 1 same as another, 0 skipped; not built yet: S3
     ");
     insta::assert_snapshot!(said("suites:\n  S:\n    - {id: S1, gate: trend}\n"), @r"
     ok: FILE: 1 suites, 1 cells
@@ -484,7 +485,15 @@ fn a_changed_recording_is_a_failure() {
     let mut trace = json_lines(&run.path("traces/REF.jsonl")).swap_remove(0);
     let reasons = trace["reason"].as_array().unwrap();
     let step = reasons.iter().position(|r| r == "above_alpha").unwrap();
+    // What the controller saw has to follow from the entropies, bit for bit.
+    let seen = trace["observed"][step].clone();
+    trace["observed"][step] = (seen.as_f64().unwrap() + 1e-15).into();
+    run.edit("traces/REF.jsonl", in_line(1, |_| trace.to_string()));
+    let done = call(&["replay", &run.root()]);
+    assert_eq!(done.status, ExitStatus::Failure);
+    assert!(done.out.contains("the entropies give"), "{}", done.out);
     trace["observed"][step] = 0.01.into();
+    trace["entropy"][step] = 0.01.into();
     run.edit("traces/REF.jsonl", in_line(1, |_| trace.to_string()));
     let done = call(&["replay", &run.root()]);
     assert_eq!(done.status, ExitStatus::Failure);
@@ -601,7 +610,7 @@ fn replay_refuses_in_one_line() {
         (&[&root, "--alpha", "-1"], "alpha"),
         (
             &[&root, "--alpha-unit", "quantile", "--alpha", "1"],
-            "quantile is not built yet",
+            "quantile needs the quantiles of the run's pilot (run.json records no pilot)",
         ),
         (&[&root, "--cap", "-2"], "cap"),
     ] {
@@ -642,7 +651,9 @@ fn lists() {
             "several-models"
         ])
     );
-    assert_eq!(good(&["list", "presets"]), "none yet\n");
+    insta::assert_snapshot!("list_presets", good(&["list", "presets"]));
+    insta::assert_snapshot!("list_topologies", good(&["list", "topologies"]));
+    insta::assert_snapshot!("list_prompts", good(&["list", "prompts"]));
     let line = bad(&["list", "suites", "--suite", "A9"], ExitStatus::Usage);
     assert!(line.contains("unknown suite `A9`"), "{line}");
     let line = bad(&["list", "--config", "none.yaml"], ExitStatus::Usage);
@@ -671,7 +682,9 @@ fn the_json_list_holds_whole_experiments() {
         .find(|c| c["id"] == "A3.1")
         .unwrap();
     assert_eq!(embed["kind"], "skip");
-    assert_eq!(skipped["presets"], serde_json::json!([]));
+    for kind in ["presets", "topologies", "prompts"] {
+        assert!(skipped[kind].as_array().unwrap().len() > 3, "{kind}");
+    }
     assert_eq!(skipped["experts"], serde_json::json!([]));
 }
 

@@ -86,6 +86,31 @@ pub(crate) fn softmax(row: &[f64]) -> Vec<f64> {
     weights.into_iter().map(|w| w / sum).collect()
 }
 
+/// `-sum p ln p`, nothing times its logarithm being nothing.
+pub(crate) fn entropy(p: &[f64]) -> f64 {
+    -p.iter()
+        .filter(|&&p| p > 0.0)
+        .map(|p| p * p.ln())
+        .sum::<f64>()
+}
+
+/// `sum q ln(q / p)` over the support of q.
+pub(crate) fn kl(q: &[f64], p: &[f64]) -> f64 {
+    q.iter()
+        .zip(p)
+        .filter(|(q, _)| **q > 0.0)
+        .map(|(q, p)| q * (q / p).ln())
+        .sum()
+}
+
+/// Mean divergence of some distributions from their mean.
+pub(crate) fn jensen_shannon(all: &[Vec<f64>]) -> f64 {
+    let mean: Vec<f64> = (0..all[0].len())
+        .map(|j| all.iter().map(|p| p[j]).sum::<f64>() / all.len() as f64)
+        .collect();
+    all.iter().map(|p| kl(p, &mean)).sum::<f64>() / all.len() as f64
+}
+
 pub(crate) fn wide(row: &[f32]) -> Vec<f64> {
     row.iter().map(|&z| f64::from(z)).collect()
 }

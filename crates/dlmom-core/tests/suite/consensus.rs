@@ -1,14 +1,33 @@
 //! The consensus operators against transcriptions, and the stability bound.
 
-use dlmom_core::{Consensus, ConsensusSpec};
+use dlmom_core::{Consensus, ConsensusSpec, Method, Views};
 use proptest::prelude::*;
 
 use crate::common::{rows, slices, wide};
 
+/// Merges rows as they are, with statistics of their own.
 fn merge(spec: &ConsensusSpec, rows: &[Vec<f32>]) -> Vec<f32> {
     let mut out = vec![f32::NAN; rows[0].len()];
-    spec.merge(&slices(rows), &mut out);
+    let centred = slices(rows);
+    let views = Views {
+        centred: &centred,
+        stats: &[],
+        stream: None,
+    };
+    spec.merge(&views, &mut out);
     out
+}
+
+fn ties(theta: f32, eps: f32) -> ConsensusSpec {
+    ConsensusSpec {
+        theta,
+        eps,
+        ..ConsensusSpec::paper()
+    }
+}
+
+fn mean() -> ConsensusSpec {
+    ConsensusSpec::of(Method::Mean)
 }
 
 fn sgn(v: f64) -> i32 {
@@ -52,7 +71,7 @@ proptest! {
     #[test]
     fn ties_match_the_sketch(rows in rows(2..7, 1..40), theta in theta()) {
         let eps = 1e-6_f32;
-        let merged = merge(&ConsensusSpec::Ties { theta, eps }, &rows);
+        let merged = merge(&ties(theta, eps), &rows);
         for (j, &got) in merged.iter().enumerate() {
             let values = column(&rows, j);
             let (value, elected, _) = sketch(&values, f64::from(theta), f64::from(eps));
@@ -69,7 +88,7 @@ proptest! {
 
     #[test]
     fn mean_is_the_mean(rows in rows(2..7, 1..40)) {
-        for (j, &got) in merge(&ConsensusSpec::Mean, &rows).iter().enumerate() {
+        for (j, &got) in merge(&mean(), &rows).iter().enumerate() {
             let mut mean = 0.0;
             for (n, v) in column(&rows, j).into_iter().enumerate() {
                 mean += (v - mean) / (n + 1) as f64;
@@ -80,13 +99,13 @@ proptest! {
 
     #[test]
     fn one_expert_is_unchanged(rows in rows(1..2, 1..40), theta in theta()) {
-        prop_assert_eq!(&merge(&ConsensusSpec::Ties { theta, eps: 1e-6 }, &rows), &rows[0]);
-        prop_assert_eq!(&merge(&ConsensusSpec::Mean, &rows), &rows[0]);
+        prop_assert_eq!(&merge(&ties(theta, 1e-6), &rows), &rows[0]);
+        prop_assert_eq!(&merge(&mean(), &rows), &rows[0]);
     }
 
     #[test]
     fn two_experts_commute_exactly(mut rows in rows(2..3, 1..40), theta in theta()) {
-        for spec in [ConsensusSpec::Ties { theta, eps: 1e-6 }, ConsensusSpec::Mean] {
+        for spec in [ties(theta, 1e-6), mean()] {
             let before = merge(&spec, &rows);
             rows.swap(0, 1);
             prop_assert_eq!(before, merge(&spec, &rows));
@@ -99,7 +118,7 @@ proptest! {
             .prop_flat_map(|rows| (Just(rows.clone()), Just(rows).prop_shuffle())),
         theta in theta(),
     ) {
-        for spec in [ConsensusSpec::Ties { theta, eps: 1e-6 }, ConsensusSpec::Mean] {
+        for spec in [ties(theta, 1e-6), mean()] {
             for (a, b) in merge(&spec, &rows).iter().zip(merge(&spec, &shuffled)) {
                 prop_assert!((a - b).abs() <= 1e-5 * a.abs());
             }
@@ -112,7 +131,7 @@ proptest! {
     #[test]
     fn the_corrected_stability_bound_holds(rows in rows(2..7, 1..60), theta in theta()) {
         let eps = 1e-6_f32;
-        let merged = wide(&merge(&ConsensusSpec::Ties { theta, eps }, &rows));
+        let merged = wide(&merge(&ties(theta, eps), &rows));
         let (mut left, mut right) = (0.0_f64, 0.0_f64);
         for (j, &v) in merged.iter().enumerate() {
             let values = column(&rows, j);
@@ -139,7 +158,7 @@ proptest! {
 /// Both sides of the bound as the paper prints it, `sqrt(K) rho max_i |v_i - m|`, where rho is the
 /// fraction of coordinates on which untrimmed entries disagree in sign.
 fn printed_bound(rows: &[Vec<f32>], theta: f32) -> (f64, f64) {
-    let merged = wide(&merge(&ConsensusSpec::Ties { theta, eps: 1e-6 }, rows));
+    let merged = wide(&merge(&ties(theta, 1e-6), rows));
     let vocab = merged.len();
     let mean: Vec<f64> = (0..vocab)
         .map(|j| column(rows, j).iter().sum::<f64>() / rows.len() as f64)
@@ -185,17 +204,11 @@ fn hand_worked_coordinates() {
         vec![4.0, -9.0, 0.09, -0.05, 0.0, -2.0],
         vec![6.0, 1.0, -0.02, 0.0, -3.0, 5.0],
     ];
-    let merged = merge(
-        &ConsensusSpec::Ties {
-            theta: 0.1,
-            eps: 0.0,
-        },
-        &rows,
-    );
+    let merged = merge(&ties(0.1, 0.0), &rows);
     // Agreement; a minority outvoted whatever its size; all trimmed; theta itself is kept; a tie
     // gives 0; two against one.
     assert_eq!(merged, [4.0, 1.5, 0.0, 0.1, 0.0, -1.5]);
-    let mean = merge(&ConsensusSpec::Mean, &rows);
+    let mean = merge(&mean(), &rows);
     assert_eq!(mean[0], 4.0);
     assert_eq!(mean[1], -2.0);
 }
@@ -203,27 +216,23 @@ fn hand_worked_coordinates() {
 #[test]
 fn the_offset_shrinks_the_merge() {
     let rows = [vec![1.0], vec![1.0]];
-    assert_eq!(
-        merge(
-            &ConsensusSpec::Ties {
-                theta: 0.1,
-                eps: 2.0
-            },
-            &rows
-        ),
-        [0.5]
-    );
+    assert_eq!(merge(&ties(0.1, 2.0), &rows), [0.5]);
 }
 
 #[test]
 fn without_experts_there_is_no_preference() {
     let mut out = [1.0, 2.0];
-    ConsensusSpec::paper().merge(&[], &mut out);
+    let views = Views {
+        centred: &[],
+        stats: &[],
+        stream: None,
+    };
+    assert!(!ConsensusSpec::paper().merge(&views, &mut out));
     assert_eq!(out, [0.0, 0.0]);
 }
 
 #[test]
 fn names_are_stable() {
     assert_eq!(ConsensusSpec::paper().name(), "ties");
-    assert_eq!(ConsensusSpec::Mean.name(), "mean");
+    assert_eq!(mean().name(), "mean");
 }

@@ -9,7 +9,11 @@ mod controller;
 #[cfg(test)]
 mod noise;
 #[cfg(test)]
+mod options;
+#[cfg(test)]
 mod random;
+#[cfg(test)]
+mod ranks;
 #[cfg(test)]
 mod readout;
 #[cfg(test)]
@@ -18,3 +22,5 @@ mod rows;
 mod sampling;
 #[cfg(test)]
 mod specs;
+#[cfg(test)]
+mod transcription;

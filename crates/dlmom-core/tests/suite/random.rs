@@ -7,12 +7,14 @@ use dlmom_core::{Purpose, Stream, sample_key};
 
 use crate::common::{assert_near, golden, hex, ks_uniform};
 
-const ALL: [(&str, Purpose); 5] = [
+const ALL: [(&str, Purpose); 7] = [
     ("gumbel", Purpose::Gumbel),
     ("dirichlet", Purpose::Dirichlet),
     ("token", Purpose::Token),
     ("shuffle", Purpose::Shuffle),
     ("expert", Purpose::Expert),
+    ("tilt", Purpose::Tilt),
+    ("donor", Purpose::Donor),
 ];
 
 /// The vectors of Random123's `kat_vectors` for philox4x64 with 10 rounds.

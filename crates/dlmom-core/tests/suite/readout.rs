@@ -1,8 +1,9 @@
 //! The readout of a row against textbook formulas.
 
 use dlmom_core::{
-    Consensus, ConsensusSpec, Draw, Request, RowReadout, SamplingSpec, Scratch, Stream,
-    compare_rows, draw, read_row, stats,
+    Calibrate, Center, Consensus, ConsensusSpec, Draw, MergeGate, Method, Request, RowReadout,
+    SamplingSpec, Scratch, Stream, Tempered, Trim, Views, WeightRule, Weights, compare_rows, draw,
+    read_row, stats,
 };
 use proptest::prelude::*;
 
@@ -29,10 +30,7 @@ fn readouts_match_the_oracle() {
             .iter()
             .map(singles)
             .collect();
-        let spec = match case["method"].as_str().unwrap() {
-            "ties" => ConsensusSpec::paper(),
-            _ => ConsensusSpec::Mean,
-        };
+        let spec = ConsensusSpec::of(serde_json::from_value(case["method"].clone()).unwrap());
         let (role, targets) = (ids(&case["role"]), ids(&case["targets"]));
         let request = Request {
             top: 10,
@@ -40,6 +38,7 @@ fn readouts_match_the_oracle() {
             targets: Some(&targets),
             draw: None,
             role: &role,
+            ..Request::default()
         };
         let row = read(&logits, &spec, &request);
         assert_eq!(row.ids, ids(&case["ids"]));
@@ -72,6 +71,40 @@ fn readouts_match_the_oracle() {
     }
 }
 
+/// One specification per code path of consensus.
+fn any_operator() -> Vec<ConsensusSpec> {
+    let methods = [
+        Method::Ties,
+        Method::Mean,
+        Method::Arith,
+        Method::Poe,
+        Method::Best,
+        Method::Mixture,
+    ];
+    let mut specs: Vec<ConsensusSpec> = methods.map(ConsensusSpec::of).to_vec();
+    let centres = [Center::Mean, Center::TopkUnion, Center::Reference];
+    let trims = [Trim::Abs, Trim::Density, Trim::Std];
+    specs.extend(
+        centres
+            .into_iter()
+            .zip(trims)
+            .map(|(center, trim)| ConsensusSpec {
+                center,
+                trim,
+                spectral: Some(1),
+                weights: Weights::Rule(WeightRule::Margin),
+                calibrate: Calibrate::Zscore,
+                gate: Some(MergeGate {
+                    max_p: Some(0.9),
+                    js: Some(0.1),
+                    pivot: 0,
+                }),
+                ..ConsensusSpec::paper()
+            }),
+    );
+    specs
+}
+
 proptest! {
     #[test]
     fn readouts_are_consistent(
@@ -83,9 +116,9 @@ proptest! {
         mean in any::<bool>(),
     ) {
         let vocab = rows[0].len();
-        let spec = if mean { ConsensusSpec::Mean } else { ConsensusSpec::paper() };
+        let spec = if mean { ConsensusSpec::of(Method::Mean) } else { ConsensusSpec::paper() };
         let request =
-            Request { top, per_agent_top, targets: Some(&targets), draw: None, role: &role };
+            Request { top, per_agent_top, targets: Some(&targets), role: &role, ..Request::default() };
         let row = read(&rows, &spec, &request);
 
         let centred: Vec<Vec<f32>> = rows
@@ -96,7 +129,8 @@ proptest! {
             })
             .collect();
         let mut merged = vec![0.0; vocab];
-        spec.merge(&slices(&centred), &mut merged);
+        let views = Views { centred: &slices(&centred), stats: &[], stream: None };
+        spec.merge(&views, &mut merged);
         let p = softmax(&wide(&merged));
 
         prop_assert!(row.finite.iter().all(|&f| f));
@@ -148,16 +182,24 @@ proptest! {
             prop::collection::vec(prop::collection::vec(any::<f32>(), v), k)
         }),
     ) {
-        let sampling = SamplingSpec { temperature: 1.0, top_k: 0, top_p: 0.9, min_p: 0.0 };
+        let sampling = SamplingSpec {
+            temperature: 1.0,
+            top_p: 0.9,
+            repetition_penalty: 1.5,
+            ..SamplingSpec::GREEDY
+        };
         let stream = Stream { seed: 0, sample: 0, step: 0 };
         let request = Request {
             top: 3,
             per_agent_top: 3,
             targets: Some(&[0, 99]),
             draw: Some(Draw { sampling, stream }),
+            seen: &[1, 99],
+            stream: Some(stream),
+            tempered: Some(Tempered { target: 2, temperatures: &[0.5, 4.0] }),
             role: &[0, 99],
         };
-        for spec in [ConsensusSpec::paper(), ConsensusSpec::Mean] {
+        for spec in any_operator() {
             let row = read(&rows, &spec, &request);
             prop_assert_eq!(row.finite.len(), rows.len());
             if row.finite.iter().all(|&f| f) {
@@ -168,6 +210,28 @@ proptest! {
                 prop_assert_eq!(row.clone(), RowReadout { finite: row.finite, ..Default::default() });
             }
         }
+    }
+
+    /// Of every expert by itself, whatever they merge to.
+    #[test]
+    fn tempered_log_probabilities_are_those_of_divided_logits(
+        rows in rows(1..5, 1..60),
+        target in 0_u32..70,
+        temperatures in prop::collection::vec(0.1_f64..10.0, 0..5),
+    ) {
+        let tempered = Some(Tempered { target, temperatures: &temperatures });
+        let row = read(&rows, &ConsensusSpec::paper(), &Request { tempered, ..Request::default() });
+        prop_assert_eq!(row.tempered.len(), rows.len());
+        for (got, logits) in row.tempered.iter().zip(&rows) {
+            prop_assert_eq!(got.len(), temperatures.len());
+            for (got, t) in got.iter().zip(&temperatures) {
+                let p = softmax(&wide(logits).iter().map(|z| z / t).collect::<Vec<_>>());
+                let want = p.get(target as usize).map_or(f64::NEG_INFINITY, |p| p.ln());
+                prop_assert!(*got == want || (got - want).abs() < 1e-9 * (1.0 + want.abs()));
+            }
+        }
+        let plain = read(&rows, &ConsensusSpec::paper(), &Request::default());
+        prop_assert!(plain.tempered.is_empty());
     }
 
     #[test]
@@ -243,9 +307,13 @@ fn one_failed_expert_fails_the_row_and_says_which() {
 
 #[test]
 fn a_row_without_experts_or_tokens_is_empty() {
-    let out = read(&[], &ConsensusSpec::Mean, &Request::default());
+    let out = read(&[], &ConsensusSpec::of(Method::Mean), &Request::default());
     assert_eq!(out, RowReadout::default());
-    let out = read(&[vec![], vec![]], &ConsensusSpec::Mean, &Request::default());
+    let out = read(
+        &[vec![], vec![]],
+        &ConsensusSpec::of(Method::Mean),
+        &Request::default(),
+    );
     assert_eq!(
         out,
         RowReadout {
@@ -262,8 +330,9 @@ impl Consensus for Broken {
         "broken"
     }
 
-    fn merge(&self, _centred: &[&[f32]], out: &mut [f32]) {
+    fn merge(&self, _views: &Views<'_>, out: &mut [f32]) -> bool {
         out.fill(f32::NAN);
+        true
     }
 }
 
@@ -292,7 +361,7 @@ fn equal_probabilities_are_in_id_order() {
     let row = vec![0.0_f32, 1e-12, 2e-12, 0.0];
     let out = read(
         &[row],
-        &ConsensusSpec::Mean,
+        &ConsensusSpec::of(Method::Mean),
         &Request {
             top: 4,
             ..Request::default()
@@ -307,9 +376,7 @@ fn equal_probabilities_are_in_id_order() {
 fn the_draw_is_from_the_whole_merged_row() {
     let sampling = SamplingSpec {
         temperature: 2.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
+        ..SamplingSpec::GREEDY
     };
     let rows = vec![vec![0.5_f32, -0.5, 0.25, -0.25]; 3];
     let mut seen = [false; 4];
@@ -327,11 +394,101 @@ fn the_draw_is_from_the_whole_merged_row() {
             draw: Some(wanted),
             ..Request::default()
         };
-        let out = read(&rows, &ConsensusSpec::Mean, &request);
-        assert_eq!(out.drawn, Some(draw(&rows[0], &wanted)));
+        let out = read(&rows, &ConsensusSpec::of(Method::Mean), &request);
+        assert_eq!(out.drawn, Some(draw(&rows[0], &wanted, &[])));
         seen[out.drawn.unwrap() as usize] = true;
     }
     assert_eq!(seen, [true; 4]);
+}
+
+#[test]
+fn a_readout_says_whether_experts_were_merged_and_whether_they_agree() {
+    let (a, b) = (vec![3.0_f32, 1.0, 0.0], vec![0.0_f32, 1.0, 3.0]);
+    let close = vec![2.0_f32, 1.5, 0.0];
+    let flags = |rows: &[Vec<f32>], spec: &ConsensusSpec| {
+        let row = read(rows, spec, &Request::default());
+        (row.merged, row.agreed)
+    };
+    let gated = |js| ConsensusSpec {
+        gate: Some(MergeGate {
+            max_p: None,
+            js: Some(js),
+            pivot: 1,
+        }),
+        ..ConsensusSpec::paper()
+    };
+    let paper = ConsensusSpec::paper();
+    assert_eq!(flags(&[a.clone(), close.clone()], &paper), (true, true));
+    assert_eq!(flags(&[a.clone(), b.clone()], &paper), (true, false));
+    // Equal logits: the first of the most probable counts.
+    let even = vec![3.0_f32, 3.0, 0.0];
+    assert_eq!(flags(&[a.clone(), even], &paper), (true, true));
+    // Alone there is nothing to merge and no one to disagree with, under any operator.
+    for spec in any_operator() {
+        assert_eq!(flags(std::slice::from_ref(&b), &spec), (false, true));
+    }
+    assert_eq!(flags(&[a.clone(), b.clone()], &gated(0.2)), (true, false));
+    assert_eq!(
+        flags(&[a.clone(), close.clone()], &gated(0.2)),
+        (false, true)
+    );
+    // Where the gate is closed the pivot's distribution is read out.
+    let request = Request {
+        top: 3,
+        ..Request::default()
+    };
+    let closed = read(&[a, close.clone()], &gated(0.2), &request);
+    let alone = read(&[close], &paper, &request);
+    assert_eq!((closed.ids, closed.probs), (alone.ids, alone.probs));
+    assert_eq!(closed.entropies.len(), 2);
+}
+
+/// Operators that draw and the draw of a token each have their own request.
+#[test]
+fn streams_and_printed_tokens_reach_what_they_are_for() {
+    let rows = vec![vec![5.0_f32, 0.0], vec![0.0_f32, 5.0]];
+    let mixture = ConsensusSpec::of(Method::Mixture);
+    let first = |step: Option<u64>| {
+        let request = Request {
+            top: 1,
+            stream: step.map(|step| Stream {
+                seed: 1,
+                sample: 2,
+                step,
+            }),
+            ..Request::default()
+        };
+        read(&rows, &mixture, &request).ids[0]
+    };
+    let drawn: Vec<u32> = (0..100).map(|step| first(Some(step))).collect();
+    assert!(drawn.contains(&0) && drawn.contains(&1));
+    assert_eq!(
+        drawn,
+        (0..100).map(|step| first(Some(step))).collect::<Vec<_>>()
+    );
+    assert!((0..100).all(|_| first(None) == 1));
+
+    let stream = Stream {
+        seed: 1,
+        sample: 2,
+        step: 0,
+    };
+    let sampling = SamplingSpec {
+        repetition_penalty: 2.0,
+        ..SamplingSpec::GREEDY
+    };
+    let printed = |seen: &[u32]| {
+        let request = Request {
+            draw: Some(Draw { sampling, stream }),
+            seen,
+            ..Request::default()
+        };
+        let close = vec![vec![1.0_f32, 0.9]; 2];
+        read(&close, &ConsensusSpec::of(Method::Mean), &request).drawn
+    };
+    assert_eq!(printed(&[]), Some(0));
+    assert_eq!(printed(&[0]), Some(1));
+    assert_eq!(printed(&[1]), Some(0));
 }
 
 #[test]

@@ -17,6 +17,8 @@ proptest! {
         assert_near(s.log_z, z.iter().map(|z| z.exp()).sum::<f64>().ln(), 1e-9);
         assert_near(s.mean, z.iter().sum::<f64>() / z.len() as f64, 1e-9);
         prop_assert_eq!(f64::from(s.max), z.iter().copied().fold(f64::MIN, f64::max));
+        // The first of several.
+        prop_assert_eq!(Some(s.best as usize), row.iter().position(|&z| z == s.max));
         prop_assert!(s.entropy >= 0.0 && s.entropy <= (row.len() as f64).ln() + 1e-9);
         prop_assert!(normalized(s.entropy, row.len()) <= 1.0 + 1e-9);
     }
@@ -31,7 +33,7 @@ proptest! {
         row[at] = bad;
         let s = stats(&row);
         prop_assert!(!s.finite);
-        prop_assert_eq!((s.entropy, s.log_z, s.mean, s.max), (0.0, 0.0, 0.0, 0.0));
+        prop_assert_eq!((s.entropy, s.log_z, s.mean, s.max, s.best), (0.0, 0.0, 0.0, 0.0, 0));
     }
 
     #[test]

@@ -197,12 +197,22 @@ fn raw_columns(
         ("error", text(&|r| r.error.clone())),
         ("stop", text(&|r| label(&r.stop))),
         ("explicit_tokens", int(&|r| Some(r.explicit_tokens))),
+        ("injected_tokens", int(&|r| Some(r.injected_tokens))),
         ("latent_steps", int(&|r| Some(r.latent_steps))),
         ("total_steps", int(&|r| Some(r.total_steps))),
         ("latent_segments", list(&|r| r.latent_segments.clone())),
         ("prompt_tokens", long(&|r| Some(r.prompt_tokens))),
         ("switches", int(&|r| Some(r.switches))),
+        ("mode_runs", list(&|r| r.mode_runs.clone())),
         ("handoffs", int(&|r| Some(r.handoffs))),
+        (
+            "handoff_triggers",
+            text(&|r| {
+                let names: Vec<&str> = r.handoff_triggers.iter().map(|t| t.as_str()).collect();
+                (!names.is_empty()).then(|| names.join(" "))
+            }),
+        ),
+        ("handoff_bytes", long(&|r| Some(r.handoff_bytes))),
         ("forward_tokens", long(&|r| Some(r.forward_tokens))),
         (
             "forward_tokens_per_agent",
@@ -216,6 +226,9 @@ fn raw_columns(
         ("entropy_hist", list(&|r| r.entropy_hist.clone())),
         ("topk_mass", float(&|r| r.topk_mass)),
         ("noise_kl", float(&|r| r.noise_kl)),
+        ("noise_js", float(&|r| r.noise_js)),
+        ("agreement", float(&|r| r.agreement)),
+        ("merge_rate", float(&|r| r.merge_rate)),
         ("drift_kl", float(&|r| r.drift.map(|d| d.kl))),
         ("drift_cosine", float(&|r| r.drift.map(|d| d.cosine))),
         ("drift_events", int(&|r| r.drift.map(|d| d.events))),

@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 use dlmom_eval::stats::holm;
 use rayon::prelude::*;
 
+use crate::drift::{read_drift, summarize_drift};
 use crate::fold::{CellRows, FoldError, read_cell};
 use crate::paired::PairedScore;
 use crate::registry::REF;
 use crate::rundir::{Kind, RunDirError};
-use crate::summary::{Summary, summarize};
+use crate::summary::{Summary, summarize, twin};
 
 /// Why runs could not be aggregated.
 #[derive(Debug, thiserror::Error)]
@@ -136,17 +137,40 @@ fn one_run(path: &Path, all: &mut Aggregate) -> Result<(), AggregateError> {
     }
     let ln_vocab = run.manifest.as_ref().and_then(|m| m.ln_vocab);
     let reference = rows.get(REF);
-    let mut cells: Vec<AggregateCell> = rows
+    // Cells in the order in which they were planned, so that a twin is an earlier one.
+    let mut order: Vec<&CellRows> = rows.values().collect();
+    order.sort_by_cached_key(|cell| {
+        let planned = run.manifest.iter().flat_map(|m| &m.cells);
+        let place = planned.take_while(|c| c.id != cell.experiment).count();
+        (place, natural(&cell.experiment))
+    });
+    let mut cells: Vec<AggregateCell> = order
         .par_iter()
-        .map(|(id, cell)| AggregateCell {
-            run: run.name.clone(),
-            experiment: id.clone(),
-            suite: cell.suite.clone(),
-            alias_of: None,
-            skipped: None,
-            summary: summarize(cell, reference, ln_vocab),
+        .enumerate()
+        .map(|(place, cell)| {
+            let lines = path
+                .join("drift")
+                .join(format!("{}.jsonl", cell.experiment));
+            let drift = if path.is_dir() {
+                read_drift(&lines)?
+            } else {
+                Vec::new()
+            };
+            let summary = summarize(cell, reference, ln_vocab).map(|summary| Summary {
+                drift: summarize_drift(&drift),
+                twin: twin(cell, order[..place].iter().copied()),
+                ..summary
+            });
+            Ok(AggregateCell {
+                run: run.name.clone(),
+                experiment: cell.experiment.clone(),
+                suite: cell.suite.clone(),
+                alias_of: None,
+                skipped: None,
+                summary,
+            })
         })
-        .collect();
+        .collect::<Result<_, AggregateError>>()?;
     adjust(&mut cells);
     for planned in run.manifest.iter().flat_map(|m| &m.cells) {
         if cells.iter().any(|c| c.experiment == planned.id) {

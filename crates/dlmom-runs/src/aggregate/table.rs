@@ -3,6 +3,7 @@
 use dlmom_eval::stats::{Interval, wilson};
 
 use super::{Aggregate, AggregateCell};
+use crate::drift::DriftKind;
 use crate::row::Failure;
 use crate::summary::{Mean, Summary};
 
@@ -167,6 +168,14 @@ fn tidy_rows(cell: &AggregateCell) -> Vec<TidyRow> {
         ("downlink_bytes_per_solved", s.downlink.per_solved),
         ("topk_mass", s.topk_mass),
         ("noise_kl", s.noise_kl),
+        ("noise_js", s.noise_js),
+        ("agreement", s.agreement),
+        ("merge_rate", s.merge_rate),
+        ("handoffs", Some(s.handoffs_mean)),
+        (
+            "handoff_bytes_per_solved",
+            s.handoff.as_ref().and_then(|b| b.per_solved),
+        ),
         ("entropy_mean", s.entropy.as_ref().map(|e| e.mean)),
         ("entropy_min", s.entropy.as_ref().map(|e| e.min)),
         ("entropy_max", s.entropy.as_ref().map(|e| e.max)),
@@ -178,7 +187,55 @@ fn tidy_rows(cell: &AggregateCell) -> Vec<TidyRow> {
             .into_iter()
             .filter_map(|(metric, v)| v.map(|v| row(metric, v, None))),
     );
+    for drift in &s.drift {
+        let [kl, cosine, events, changed] = drift_metrics(drift.kind);
+        rows.extend(
+            [
+                (kl, drift.kl),
+                (cosine, drift.cosine),
+                (events, drift.events),
+                (changed, drift.changed),
+            ]
+            .into_iter()
+            .filter_map(|(metric, value)| {
+                Some(TidyRow {
+                    n: drift.samples,
+                    ..row(metric, value?, None)
+                })
+            }),
+        );
+    }
     rows
+}
+
+/// Names of the figures of a kind of drift: KL, cosine, events, changed decisions.
+fn drift_metrics(kind: DriftKind) -> [&'static str; 4] {
+    match kind {
+        DriftKind::Free => [
+            "drift_free_kl",
+            "drift_free_cosine",
+            "drift_free_events",
+            "drift_free_changed",
+        ],
+        DriftKind::Inputs => [
+            "drift_inputs_kl",
+            "drift_inputs_cosine",
+            "drift_inputs_events",
+            "drift_inputs_changed",
+        ],
+        DriftKind::OneStep => [
+            "drift_one_step_kl",
+            "drift_one_step_cosine",
+            "drift_one_step_events",
+            "drift_one_step_changed",
+        ],
+        DriftKind::Decisions => [
+            "drift_decisions_kl",
+            "drift_decisions_cosine",
+            "drift_decisions_events",
+            "drift_decisions_changed",
+        ],
+    }
 }
 
 fn wide_row(cell: &AggregateCell) -> Vec<(&'static str, Value)> {
@@ -227,6 +284,7 @@ fn wide_row(cell: &AggregateCell) -> Vec<(&'static str, Value)> {
         ),
         ("shared_items", Value::Count(versus.map(|v| v.shared_items))),
         ("inert", Value::Flag(s.map(|s| s.inert))),
+        ("twin", Value::Text(s.and_then(|s| s.twin.clone()))),
         ("latent_coverage", float(&|s| s.latent_coverage)),
         ("explicit_tokens", float(&|s| Some(s.explicit_tokens.value))),
         ("latent_steps", float(&|s| Some(s.latent_steps.value))),
@@ -255,6 +313,9 @@ fn wide_row(cell: &AggregateCell) -> Vec<(&'static str, Value)> {
         ),
         ("topk_mass", float(&|s| s.topk_mass)),
         ("noise_kl", float(&|s| s.noise_kl)),
+        ("noise_js", float(&|s| s.noise_js)),
+        ("agreement", float(&|s| s.agreement)),
+        ("merge_rate", float(&|s| s.merge_rate)),
         (
             "entropy_mean",
             float(&|s| s.entropy.as_ref().map(|e| e.mean)),
@@ -284,6 +345,21 @@ fn wide_row(cell: &AggregateCell) -> Vec<(&'static str, Value)> {
         "failures_backend_error",
     ]) {
         row.push((name, count(&|s| s.failures.get(failure.label()).copied())));
+    }
+    for kind in DriftKind::ALL {
+        let of = |f: &dyn Fn(&crate::DriftSummary) -> Option<f64>| {
+            Value::Float(s.and_then(|s| s.drift.iter().find(|d| d.kind == kind).and_then(f)))
+        };
+        let [kl, cosine, events, changed] = drift_metrics(kind);
+        if kind == DriftKind::Decisions {
+            row.push((changed, of(&|d| d.changed)));
+        } else {
+            row.extend([
+                (kl, of(&|d| d.kl)),
+                (cosine, of(&|d| d.cosine)),
+                (events, of(&|d| d.events)),
+            ]);
+        }
     }
     row.push(("config_hash", Value::Text(s.map(|s| s.config_hash.clone()))));
     row

@@ -1,30 +1,40 @@
 //! From a selection of cells to an ordered plan.
 
-use dlmom_core::{AlphaUnit, ConsensusSpec, Gate, SamplingSpec, Start};
+use dlmom_core::{AlphaUnit, ConsensusSpec, FilterSpec, Gate, SamplingSpec, Start};
 use dlmom_eval::suggest::hint;
-use dlmom_runtime::{Support, WireEncoding};
+use dlmom_runtime::{
+    Handoff, HandoffControl, LoopConfig, PacketControl, Support, Topology, WireEncoding,
+};
 
 use super::RegistryError;
 use super::experiment::{Experiment, REF, Unsupported};
 use super::file::Registry;
 use super::knobs::{Comm, Knob, Knobs, Kv, SoftMode};
 
-/// Most steps where nobody says.
-const MAX_STEPS: u32 = 256;
-/// Most latent steps where nobody says.
-const MAX_LATENT_STEPS: u32 = 40;
-/// Entries of a packet, entropy threshold and most switches where not even the file's defaults say.
-const K: i64 = 50;
-const ALPHA: f64 = 0.60;
-const CAP: i64 = 10;
+/// Fewest explicit steps between two latent stretches of the reference gate (SwiReasoning).
+const REFERENCE_DWELL: u32 = 512;
 
 /// Facts about the agents that decide what a cell means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Setting {
     /// All agents share one model's weights.
     pub shared_model: bool,
     /// Number of agents.
     pub experts: usize,
+    /// How they meet.
+    pub topology: Topology,
+}
+
+impl Setting {
+    /// Agents in lockstep.
+    #[must_use]
+    pub fn lockstep(experts: usize, shared_model: bool) -> Self {
+        Self {
+            shared_model,
+            experts,
+            topology: Topology::Lockstep,
+        }
+    }
 }
 
 /// Values from the command line. Each fills a knob that a cell itself does not name, before the file's defaults.
@@ -56,6 +66,14 @@ pub struct Overrides {
     pub encoding: Option<WireEncoding>,
     /// `--support`.
     pub support: Option<Support>,
+    /// `--gate`.
+    pub gate: Option<Gate>,
+    /// `--w`.
+    pub w: Option<u32>,
+    /// `--handoff`.
+    pub handoff: Option<Handoff>,
+    /// `--max-handoffs`.
+    pub max_handoffs: Option<u32>,
 }
 
 impl Overrides {
@@ -77,12 +95,29 @@ impl Overrides {
             sampling: knob(self.sampling.as_ref()),
             encoding: knob(self.encoding.as_ref()),
             support: knob(self.support.as_ref()),
+            gate: knob(self.gate.as_ref()),
+            w: knob(self.w.as_ref()),
+            handoff: knob(self.handoff.as_ref()),
+            max_handoffs: knob(self.max_handoffs.as_ref()),
             ..Knobs::default()
         }
     }
 
-    fn validate(&self) -> Result<(), RegistryError> {
+    fn validate(&self, setting: &Setting) -> Result<(), RegistryError> {
         let wrong = |flag, message: String| Err(RegistryError::Override { flag, message });
+        if setting.topology.chain().is_none() {
+            let unread = [
+                ("--max-handoffs", self.max_handoffs.is_some()),
+                ("--handoff", self.handoff.is_some()),
+            ];
+            if let Some((flag, _)) = unread.into_iter().find(|(_, given)| *given) {
+                return wrong(
+                    flag,
+                    "only a sequential topology hands anything over; add --topology sequential"
+                        .to_owned(),
+                );
+            }
+        }
         match *self {
             Self {
                 alpha: Some(alpha), ..
@@ -111,8 +146,8 @@ impl Overrides {
                 answer_reserve: Some(reserve),
                 max_steps,
                 ..
-            } if reserve > max_steps.unwrap_or(MAX_STEPS) => {
-                let limit = max_steps.unwrap_or(MAX_STEPS);
+            } if reserve > max_steps.unwrap_or(LoopConfig::default().max_steps) => {
+                let limit = max_steps.unwrap_or(LoopConfig::default().max_steps);
                 wrong(
                     "--answer-reserve",
                     format!("{reserve} exceeds the {limit} steps there are"),
@@ -170,8 +205,7 @@ impl Plan {
     /// # Errors
     /// The first part that is not built yet.
     pub fn check_supported(&self) -> Result<(), Unsupported> {
-        self.runs()
-            .try_for_each(|experiment| experiment.loop_config().map(drop))
+        self.runs().try_for_each(Experiment::supported)
     }
 }
 
@@ -184,10 +218,10 @@ impl Registry {
         &self,
         suites: &[String],
         only: &[String],
-        setting: Setting,
+        setting: &Setting,
         overrides: &Overrides,
     ) -> Result<Plan, RegistryError> {
-        overrides.validate()?;
+        overrides.validate(setting)?;
         for name in suites {
             if !self.suites.iter().any(|s| s.name == *name) {
                 let names = || self.suites.iter().map(|s| s.name.as_str());
@@ -248,18 +282,18 @@ impl Registry {
         id: &str,
         suite: &str,
         knobs: &Knobs,
-        setting: Setting,
+        setting: &Setting,
     ) -> Result<Experiment, RegistryError> {
-        let alpha = knobs.alpha.value().unwrap_or(ALPHA);
-        let max_steps = knobs.max_steps.value().unwrap_or(MAX_STEPS);
+        let reference = LoopConfig::default();
+        let alpha = knobs.alpha.value().unwrap_or(reference.controller.alpha);
+        let max_steps = knobs.max_steps.value().unwrap_or(reference.max_steps);
+        let gate = knobs.gate.value().unwrap_or(reference.controller.gate);
+        let chain = setting.topology.chain();
         let consensus = match &knobs.consensus {
             Knob::Value(spec) => spec.clone(),
             Knob::Absent | Knob::Null => ConsensusSpec::paper(),
         };
-        let answer_cue = match &knobs.answer_cue {
-            Knob::Value(cue) => Some(cue.clone()),
-            Knob::Absent | Knob::Null => None,
-        };
+        let answer_cue = optional(&knobs.answer_cue);
         let support = knobs.support.value().unwrap_or(Support::Full);
         let mut experiment = Experiment {
             id: id.to_owned(),
@@ -267,25 +301,44 @@ impl Registry {
             soft_mode: knobs.soft_mode.value().unwrap_or(SoftMode::Deterministic),
             tau: knobs.tau.value(),
             lambda: knobs.lambda.value(),
-            gate: knobs.gate.value().unwrap_or(Gate::Threshold),
+            gate,
             alpha,
             alpha_unit: knobs.alpha_unit.value().unwrap_or(AlphaUnit::Normalized),
             w: knobs.w.value(),
-            cap: knobs.cap.value().unwrap_or(CAP),
+            cap: knobs.cap.value().unwrap_or(reference.controller.cap),
             min_dwell_latent: knobs.min_dwell_latent.value().unwrap_or(1),
-            min_dwell_explicit: knobs.min_dwell_explicit.value().unwrap_or(1),
+            min_dwell_explicit: knobs.min_dwell_explicit.value().unwrap_or(
+                if gate == Gate::Reference {
+                    REFERENCE_DWELL
+                } else {
+                    1
+                },
+            ),
             convergence_threshold: 0.0,
             slope_eps: 0.0,
             var_eps: 0.0,
-            start: knobs.start.value().unwrap_or(Start::Gate),
-            max_latent_steps: knobs.max_latent_steps.value().unwrap_or(MAX_LATENT_STEPS),
+            // Methods of one latent block, or of one at the start, begin with it.
+            start: knobs.start.value().unwrap_or(match gate {
+                Gate::Reference | Gate::LatentThenExplicit => Start::Latent,
+                _ => Start::Gate,
+            }),
+            patience: knobs.patience.value().unwrap_or(1),
+            triggers: optional(&knobs.triggers),
+            lock_text: optional(&knobs.lock_text),
+            enter_signal: optional(&knobs.enter_signal),
+            exit_signal: optional(&knobs.exit_signal),
+            filter: knobs.filter.value().unwrap_or(FilterSpec::NONE),
+            max_latent_steps: knobs
+                .max_latent_steps
+                .value()
+                .unwrap_or(reference.controller.max_latent_steps),
             max_steps,
             answer_reserve: knobs
                 .answer_reserve
                 .value()
                 .unwrap_or((max_steps / 4).min(32)),
             answer_cue,
-            k: knobs.k.value().unwrap_or(K),
+            k: knobs.k.value().unwrap_or(reference.k),
             // Consensus cannot merge embeddings, so agents that send it no more than their messages send packets.
             comm: knobs.comm.value().unwrap_or(
                 if setting.shared_model && support == Support::Full {
@@ -296,6 +349,13 @@ impl Registry {
             ),
             encoding: knobs.encoding.value().unwrap_or(WireEncoding::F32),
             support,
+            align: knobs.align.value().unwrap_or_default(),
+            handoff: chain.map(|chain| knobs.handoff.value().unwrap_or(chain.handoff)),
+            max_handoffs: chain.map(|chain| knobs.max_handoffs.value().unwrap_or(chain.limit())),
+            packet_control: knobs.packet_control.value().unwrap_or_default(),
+            handoff_control: knobs.handoff_control.value().unwrap_or_default(),
+            same_exits: knobs.same_exits.value().unwrap_or(false),
+            drop_latent: knobs.drop_latent.value().unwrap_or(false),
             kv: knobs.kv.value().unwrap_or(Kv::None),
             consensus,
             sampling: knobs.sampling.value().unwrap_or(SamplingSpec::GREEDY),
@@ -360,9 +420,14 @@ impl Registry {
         }
         let checks = [
             experiment.controller().validate(),
-            experiment.consensus.validate(),
+            experiment.consensus.validate(None),
             experiment.noise().validate(),
+            experiment.filter.validate(),
             experiment.sampling.validate(),
+            experiment
+                .triggers
+                .as_ref()
+                .map_or(Ok(()), dlmom_core::TriggerSpec::validate),
         ];
         match checks.into_iter().find_map(Result::err) {
             Some(error) => wrong(error.to_string()),
@@ -371,26 +436,17 @@ impl Registry {
     }
 }
 
-fn kind_of(experiment: &Experiment, earlier: &[PlannedCell], setting: Setting) -> CellKind {
-    if experiment.comm == Comm::Embed && !setting.shared_model {
-        return CellKind::Skip {
-            reason: "comm: embed needs agents of one model: an embedding of one model means nothing to another"
-                .to_owned(),
-        };
+fn optional<T: Clone>(knob: &Knob<T>) -> Option<T> {
+    match knob {
+        Knob::Value(value) => Some(value.clone()),
+        Knob::Absent | Knob::Null => None,
     }
-    let skip = |reason: &str| CellKind::Skip {
-        reason: reason.to_owned(),
-    };
-    match (experiment.comm, experiment.support, experiment.encoding) {
-        (Comm::Embed, Support::Packet, _) => {
-            return skip("comm: embed with support: packet: consensus cannot merge embeddings");
-        }
-        (Comm::Logits, _, WireEncoding::Compact) => {
-            return skip(
-                "comm: logits with encoding: compact: the compact encoding needs token ids",
-            );
-        }
-        _ => {}
+}
+
+fn kind_of(experiment: &Experiment, earlier: &[PlannedCell], setting: &Setting) -> CellKind {
+    if let Some(reason) = cannot_exist(experiment, setting) {
+        let reason = reason.to_owned();
+        return CellKind::Skip { reason };
     }
     let twin = earlier
         .iter()
@@ -401,4 +457,62 @@ fn kind_of(experiment: &Experiment, earlier: &[PlannedCell], setting: Setting) -
         },
         None => CellKind::Run,
     }
+}
+
+/// Why a cell means nothing among these agents, in words for the table.
+fn cannot_exist(experiment: &Experiment, setting: &Setting) -> Option<&'static str> {
+    let chain = setting.topology.chain().is_some();
+    let handoff = experiment.handoff;
+    // In a chain a message stays with its agent unless a transcript hands it on.
+    let crosses = !chain || handoff == Some(Handoff::Transcript);
+    let singly = chain || setting.experts == 1;
+    match experiment.comm {
+        Comm::Embed if !setting.shared_model && crosses => Some(
+            "comm: embed needs agents of one model: an embedding of one model means nothing to another",
+        ),
+        Comm::Embed if experiment.support == Support::Packet => {
+            Some("comm: embed with support: packet: consensus cannot merge embeddings")
+        }
+        Comm::Logits if experiment.encoding == WireEncoding::Compact => {
+            Some("comm: logits with encoding: compact: the compact encoding needs token ids")
+        }
+        Comm::Hidden if !singly => Some(
+            "comm: hidden needs agents that move one at a time: consensus cannot merge hidden states",
+        ),
+        Comm::Hidden if !setting.shared_model && crosses => Some(
+            "comm: hidden needs agents of one model: a hidden state of one model means nothing to another",
+        ),
+        Comm::Hidden if experiment.support == Support::Packet => {
+            Some("comm: hidden with support: packet: a hidden state is no packet")
+        }
+        Comm::Hidden if experiment.soft_mode != SoftMode::Deterministic => {
+            Some("soft_mode with comm: hidden: no packet is mixed")
+        }
+        Comm::Hidden if experiment.filter != FilterSpec::NONE => {
+            Some("filter with comm: hidden: no packet is mixed")
+        }
+        Comm::Hidden if experiment.packet_control != PacketControl::Real => {
+            Some("packet_control with comm: hidden: no packet is fed")
+        }
+        _ if handoff == Some(Handoff::Kv) && !setting.shared_model => Some(
+            "handoff: kv needs agents of one model: a cache means something to its own weights alone",
+        ),
+        _ if experiment.handoff_control != HandoffControl::Real && !chain => {
+            Some("handoff_control: only a sequential topology hands anything over")
+        }
+        _ if experiment.handoff_control != HandoffControl::Real
+            && handoff != Some(Handoff::Transcript) =>
+        {
+            Some("handoff_control: what is handed over is no transcript")
+        }
+        _ if needs_several(&experiment.consensus) && singly => {
+            Some("consensus: agents that move one at a time have nothing to merge")
+        }
+        _ => None,
+    }
+}
+
+/// Whether an operator was asked for that only several experts can tell from the paper's.
+fn needs_several(consensus: &ConsensusSpec) -> bool {
+    *consensus != ConsensusSpec::paper()
 }

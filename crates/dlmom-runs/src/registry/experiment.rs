@@ -1,13 +1,20 @@
 //! A fully expanded experiment and the loop it runs.
 
-use dlmom_core::{AlphaUnit, ConsensusSpec, ControllerSpec, Gate, NoiseSpec, SamplingSpec, Start};
+use dlmom_core::{
+    AlphaUnit, Calibrate, ConsensusSpec, ControllerSpec, FilterSpec, Gate, NoiseSpec, SamplingSpec,
+    Start, TriggerSpec, WeightRule, Weights,
+};
 use dlmom_eval::{canonical_json, sha256_hex};
-use dlmom_runtime::{LinkSpec, LoopConfig, Support, WireEncoding};
+use dlmom_runtime::{
+    Align, Controls, Handoff, HandoffControl, LinkSpec, LoopConfig, PacketControl, Sequential,
+    Signal, Support, Topology, WireEncoding,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::knobs::{Comm, Kv, SoftMode};
+use crate::pilot::Pilot;
 
 /// Id and suite of the reference pipeline.
 pub const REF: &str = "REF";
@@ -48,6 +55,24 @@ pub struct Experiment {
     pub var_eps: f64,
     /// What decides the first step.
     pub start: Start,
+    /// Entropies below `alpha`, one after another, that end the block of the one-block gate.
+    #[serde(default = "one")]
+    pub patience: u32,
+    /// What exits from latent mode inject, by their count.
+    #[serde(default)]
+    pub triggers: Option<TriggerSpec>,
+    /// Text of one token that makes the mode explicit for good.
+    #[serde(default)]
+    pub lock_text: Option<String>,
+    /// A token mixed into the first input of a latent stretch that follows an explicit step.
+    #[serde(default)]
+    pub enter_signal: Option<Signal>,
+    /// A token mixed with the packet into the input after a latent stretch.
+    #[serde(default)]
+    pub exit_signal: Option<Signal>,
+    /// What is kept of a packet before it is mixed.
+    #[serde(default)]
+    pub filter: FilterSpec,
     /// Most latent steps per sample.
     pub max_latent_steps: u32,
     /// Most steps per sample.
@@ -64,12 +89,46 @@ pub struct Experiment {
     pub encoding: WireEncoding,
     /// What consensus sees of an agent.
     pub support: Support,
+    /// How hidden states become input embeddings.
+    #[serde(default)]
+    pub align: Align,
+    /// What an agent of a chain hands to the next; null without a chain.
+    #[serde(default)]
+    pub handoff: Option<Handoff>,
+    /// Most handoffs of a sample; null without a chain.
+    #[serde(default)]
+    pub max_handoffs: Option<u32>,
+    /// What is fed in latent steps in place of the packet.
+    #[serde(default)]
+    pub packet_control: PacketControl,
+    /// What is handed over in place of the transcript.
+    #[serde(default)]
+    pub handoff_control: HandoffControl,
+    /// Modes are those of the reference pipeline's sample.
+    #[serde(default)]
+    pub same_exits: bool,
+    /// Latent stretches are cut out of the caches where they end.
+    #[serde(default)]
+    pub drop_latent: bool,
     /// KV cache compression.
     pub kv: Kv,
     /// How the experts' preferences meet.
     pub consensus: ConsensusSpec,
     /// How explicit tokens are chosen.
     pub sampling: SamplingSpec,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// What the expansion of a cell does not say, and its loop needs.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Placement {
+    /// How the run's agents meet.
+    pub topology: Topology,
+    /// What a pilot has found, where one was run.
+    pub pilot: Option<Pilot>,
 }
 
 /// Part of an experiment that this version cannot run.
@@ -83,6 +142,14 @@ pub enum Unsupported {
         cell: String,
         /// Its compression.
         kv: &'static str,
+    },
+    /// A knob that reads a pilot's figures, where none was run.
+    #[error("{cell}: {knob} needs a pilot run, and the folder records none")]
+    NoPilot {
+        /// The cell.
+        cell: String,
+        /// The knob and its value.
+        knob: &'static str,
     },
 }
 
@@ -114,14 +181,109 @@ impl Experiment {
             var_eps: Some(self.var_eps),
             max_latent_steps: self.max_latent_steps,
             start: self.start,
+            patience: self.patience,
         }
     }
 
-    /// The loop to run.
+    pub(super) fn controls(&self) -> Controls {
+        Controls {
+            packet: self.packet_control,
+            handoff: self.handoff_control,
+            same_exits: self.same_exits,
+            drop_latent: self.drop_latent,
+        }
+    }
+
+    /// Whether a pilot must have run before the cell can.
+    #[must_use]
+    pub fn needs_pilot(&self) -> bool {
+        self.alpha_unit == AlphaUnit::Quantile || self.consensus.needs_pilot()
+    }
+
+    /// Whether packets of other items are needed.
+    #[must_use]
+    pub fn needs_donors(&self) -> bool {
+        self.controls().needs_donors()
+    }
+
+    /// Consensus with what a pilot has fitted in the place of its rules.
+    fn fitted_consensus(&self, pilot: Option<&Pilot>) -> Result<ConsensusSpec, Unsupported> {
+        let mut consensus = self.consensus.clone();
+        if consensus.calibrate == Calibrate::Temperature && consensus.temperatures.is_empty() {
+            consensus.temperatures = pilot
+                .and_then(|p| p.temperatures.clone())
+                .ok_or_else(|| self.no_pilot("calibrate: temperature"))?;
+        }
+        if consensus.weights == Weights::Rule(WeightRule::Pilot) {
+            let weights = pilot
+                .and_then(Pilot::weights)
+                .ok_or_else(|| self.no_pilot("weights: pilot"))?;
+            consensus.weights = Weights::Fixed(weights);
+        }
+        Ok(consensus)
+    }
+
+    fn no_pilot(&self, knob: &'static str) -> Unsupported {
+        Unsupported::NoPilot {
+            cell: self.id.clone(),
+            knob,
+        }
+    }
+
+    /// The topology with this cell's own handoff in it.
+    fn topology(&self, run: &Topology) -> Topology {
+        match run {
+            Topology::Sequential(chain) => Topology::Sequential(Sequential {
+                handoff: self.handoff.unwrap_or(chain.handoff),
+                max_handoffs: self.max_handoffs.or(chain.max_handoffs),
+                ..chain.clone()
+            }),
+            other => other.clone(),
+        }
+    }
+
+    /// The loop to run, with the agents and the pilot of `placement`.
     ///
     /// # Errors
-    /// [`Unsupported`], naming the cell, where a part is not built yet.
-    pub fn loop_config(&self) -> Result<LoopConfig, Unsupported> {
+    /// [`Unsupported`], naming the cell, where a part is not built yet or a pilot is missing.
+    pub fn loop_config(&self, placement: &Placement) -> Result<LoopConfig, Unsupported> {
+        self.supported()?;
+        let pilot = placement.pilot.as_ref();
+        let ranks = pilot.map(|p| p.quantiles.clone());
+        if self.alpha_unit == AlphaUnit::Quantile && ranks.is_none() {
+            return Err(self.no_pilot("alpha_unit: quantile"));
+        }
+        Ok(LoopConfig {
+            k: self.k,
+            link: LinkSpec {
+                message: self.comm.into(),
+                encoding: self.encoding,
+                support: self.support,
+                align: self.align,
+            },
+            controller: self.controller(),
+            consensus: self.fitted_consensus(pilot)?,
+            noise: self.noise(),
+            sampling: self.sampling,
+            max_steps: self.max_steps,
+            answer_reserve: self.answer_reserve,
+            answer_cue: self.answer_cue.clone(),
+            filter: self.filter,
+            ranks: ranks.filter(|_| self.alpha_unit == AlphaUnit::Quantile),
+            triggers: self.triggers.clone(),
+            lock_text: self.lock_text.clone(),
+            enter_signal: self.enter_signal.clone(),
+            exit_signal: self.exit_signal.clone(),
+            topology: self.topology(&placement.topology),
+            controls: self.controls(),
+        })
+    }
+
+    /// Whether this version can run the cell.
+    ///
+    /// # Errors
+    /// [`Unsupported::Kv`].
+    pub fn supported(&self) -> Result<(), Unsupported> {
         let cell = || self.id.clone();
         let kv = match self.kv {
             Kv::None => None,
@@ -132,27 +294,16 @@ impl Experiment {
         if let Some(kv) = kv {
             return Err(Unsupported::Kv { cell: cell(), kv });
         }
-        Ok(LoopConfig {
-            k: self.k,
-            link: LinkSpec {
-                message: self.comm.into(),
-                encoding: self.encoding,
-                support: self.support,
-            },
-            controller: self.controller(),
-            consensus: self.consensus.clone(),
-            noise: self.noise(),
-            sampling: self.sampling,
-            max_steps: self.max_steps,
-            answer_reserve: self.answer_reserve,
-            answer_cue: self.answer_cue.clone(),
-        })
+        Ok(())
     }
 
     /// Whether no draw can change an output, so that all seeds give one result.
     #[must_use]
     pub fn is_deterministic(&self) -> bool {
-        self.soft_mode == SoftMode::Deterministic && self.sampling.is_greedy()
+        self.soft_mode == SoftMode::Deterministic
+            && self.sampling.is_greedy()
+            && !self.consensus.draws()
+            && !self.controls().draws()
     }
 
     /// Whether the outputs are those of `other`: equal apart from name and suite.

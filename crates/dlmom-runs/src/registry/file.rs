@@ -1,19 +1,35 @@
 //! The suites file.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
 use std::path::Path;
 
 use schemars::JsonSchema;
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 
 use super::RegistryError;
 use super::experiment::REF;
 use super::knobs::{CellFile, DefaultsFile, Knobs};
-use crate::yaml;
+use crate::yaml::{self, OrderedMap};
 
-const BUILTIN: &str = include_str!("../../../../configs/suites.yaml");
+/// Files of the built-in suites; the first is the paper's.
+const BUILTIN: [(&str, &str); 4] = [
+    (
+        "suites.yaml",
+        include_str!("../../../../configs/suites.yaml"),
+    ),
+    (
+        "controls.yaml",
+        include_str!("../../../../configs/controls.yaml"),
+    ),
+    (
+        "extended.yaml",
+        include_str!("../../../../configs/extended.yaml"),
+    ),
+    (
+        "consensus.yaml",
+        include_str!("../../../../configs/consensus.yaml"),
+    ),
+];
 
 /// The suites file as YAML states it; its JSON schema is committed beside the file.
 #[derive(Deserialize, JsonSchema)]
@@ -25,32 +41,7 @@ pub struct SuitesFile {
     defaults: DefaultsFile,
     /// Suites by name, in order; each a list of cells.
     #[schemars(with = "BTreeMap<String, Vec<CellFile>>")]
-    suites: Ordered,
-}
-
-/// A mapping in the order of the file.
-struct Ordered(Vec<(String, Vec<CellFile>)>);
-
-impl<'de> Deserialize<'de> for Ordered {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-        impl<'de> Visitor<'de> for Entries {
-            type Value = Ordered;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a mapping of suite names to lists of cells")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Ordered, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
-                }
-                Ok(Ordered(entries))
-            }
-        }
-        deserializer.deserialize_map(Entries)
-    }
+    suites: OrderedMap<Vec<CellFile>>,
 }
 
 /// One cell of a suite: a name and the knobs it sets.
@@ -81,12 +72,32 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// The paper's suites, built into the program.
+    /// The paper's suites and those beyond it, built into the program. The defaults are the paper's file's.
     ///
     /// # Errors
     /// None that a test does not exclude.
     pub fn builtin() -> Result<Self, RegistryError> {
-        Self::parse("suites.yaml", BUILTIN)
+        let [(file, text), beyond @ ..] = BUILTIN;
+        let mut registry = Self::parse(file, text)?;
+        for (file, text) in beyond {
+            registry.suites.extend(Self::parse(file, text)?.suites);
+        }
+        Ok(registry)
+    }
+
+    /// One more suite behind the others; cells of a name that is taken are left out.
+    pub fn add(&mut self, name: &str, cells: Vec<Cell>) {
+        let taken = |id: &str| {
+            self.suites
+                .iter()
+                .flat_map(|s| &s.cells)
+                .any(|c| c.id.eq_ignore_ascii_case(id))
+        };
+        let cells = cells.into_iter().filter(|c| !taken(&c.id)).collect();
+        self.suites.push(Suite {
+            name: name.to_owned(),
+            cells,
+        });
     }
 
     /// Another file of the same schema.

@@ -2,8 +2,10 @@
 
 use std::borrow::Cow;
 
-use dlmom_core::{AlphaUnit, ConsensusSpec, Gate, SamplingSpec, Start};
-use dlmom_runtime::{LinkMessage, Support, WireEncoding};
+use dlmom_core::{AlphaUnit, ConsensusSpec, FilterSpec, Gate, SamplingSpec, Start, TriggerSpec};
+use dlmom_runtime::{
+    Align, Handoff, HandoffControl, LinkMessage, PacketControl, Signal, Support, WireEncoding,
+};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -29,6 +31,8 @@ pub enum Comm {
     Belief,
     /// The distribution over the whole vocabulary.
     Logits,
+    /// The agent's last hidden state, aligned with its input embeddings; agents that move one at a time.
+    Hidden,
 }
 
 impl From<Comm> for LinkMessage {
@@ -37,6 +41,7 @@ impl From<Comm> for LinkMessage {
             Comm::Embed => Self::Embed,
             Comm::Belief => Self::Belief,
             Comm::Logits => Self::Logits,
+            Comm::Hidden => Self::Hidden,
         }
     }
 }
@@ -137,7 +142,7 @@ macro_rules! knobs {
         #[derive(Default, Deserialize, JsonSchema)]
         #[serde(deny_unknown_fields)]
         #[schemars(rename = "Defaults")]
-        pub(super) struct DefaultsFile { $($(#[$doc])* #[serde(default)] $field: Knob<$ty>,)* }
+        pub struct DefaultsFile { $($(#[$doc])* #[serde(default)] $field: Knob<$ty>,)* }
 
         impl CellFile {
             pub(super) fn into_parts(self) -> (serde_saphyr::Spanned<String>, Knobs) {
@@ -187,7 +192,7 @@ knobs! {
     cap: i64, false;
     /// Fewest consecutive latent steps; default 1.
     min_dwell_latent: u32, false;
-    /// Fewest consecutive explicit steps; default 1.
+    /// Fewest consecutive explicit steps; default 1, with `gate: reference` 512.
     min_dwell_explicit: u32, false;
     /// Entropy below which the trend gate calls a sample converged; null is `0.25 alpha`.
     convergence_threshold: f64, true;
@@ -195,8 +200,20 @@ knobs! {
     slope_eps: f64, true;
     /// Variance that counts as settled; null is `(0.1 alpha)^2`.
     var_eps: f64, true;
-    /// What decides the first step; default `gate`.
+    /// What decides the first step; default `gate`, with `gate: reference` and `latent_then_explicit` `latent`.
     start: Start, false;
+    /// Entropies below `alpha`, one after another, that end the block of `gate: latent_then_explicit`; default 1.
+    patience: u32, false;
+    /// What exits from latent mode inject, by their count; null is nothing.
+    triggers: TriggerSpec, true;
+    /// Text of one token: once it is printed, or leads in latent mode, the mode is explicit for good; null is none.
+    lock_text: String, true;
+    /// A token mixed into the first input of a latent stretch that follows an explicit step; null is none.
+    enter_signal: Signal, true;
+    /// A token mixed with the packet into the input after a latent stretch, in place of the printed token; null is none.
+    exit_signal: Signal, true;
+    /// What is kept of a packet before it is mixed; default all of it.
+    filter: FilterSpec, false;
     /// Most latent steps per sample; default 40.
     max_latent_steps: u32, false;
     /// Most steps per sample; default 256.
@@ -213,6 +230,20 @@ knobs! {
     encoding: WireEncoding, false;
     /// What consensus sees of an agent; default `full`.
     support: Support, false;
+    /// How hidden states become input embeddings under `comm: hidden`; default `ridge`.
+    align: Align, false;
+    /// What an agent of a chain hands to the next; default what the topology says.
+    handoff: Handoff, false;
+    /// Most handoffs of a sample; default what the topology says, else the length of the chain less one.
+    max_handoffs: u32, false;
+    /// What is fed in latent steps in place of the packet (suite C1); default `real`.
+    packet_control: PacketControl, false;
+    /// What is handed over in place of the transcript (suite C2); default `real`.
+    handoff_control: HandoffControl, false;
+    /// Modes are those of the reference pipeline's sample (suite C1); default false.
+    same_exits: bool, false;
+    /// Latent stretches are cut out of the caches where they end (suite C1); default false.
+    drop_latent: bool, false;
     /// KV cache compression; default `none`.
     kv: Kv, false;
     /// How the experts' preferences meet; default the paper's TIES.

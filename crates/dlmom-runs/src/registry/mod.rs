@@ -6,9 +6,9 @@ mod file;
 mod knobs;
 
 pub use expand::{CellKind, Overrides, Plan, PlannedCell, Setting};
-pub use experiment::{Experiment, REF, Unsupported};
+pub use experiment::{Experiment, Placement, REF, Unsupported};
 pub use file::{Cell, Registry, Suite, SuitesFile};
-pub use knobs::{Comm, Knob, Knobs, Kv, SoftMode};
+pub use knobs::{Comm, DefaultsFile, Knob, Knobs, Kv, SoftMode};
 
 use std::path::PathBuf;
 

@@ -4,12 +4,15 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
+use dlmom_core::AlphaUnit;
+use dlmom_runtime::Topology;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::RunDirError;
 use super::diff::{FieldDiff, diff};
-use crate::registry::{CellKind, Plan};
+use crate::pilot::Pilot;
+use crate::registry::{CellKind, Experiment, Placement, Plan};
 
 /// Version of the manifest.
 pub const MANIFEST_FORMAT: u32 = 1;
@@ -50,6 +53,9 @@ pub struct Manifest {
     pub cells: Vec<ManifestCell>,
     /// Every invocation that wrote here, oldest first.
     pub invocations: Vec<Invocation>,
+    /// What a pilot of the reference pipeline found, where a cell needed one; every resume uses it.
+    #[serde(default)]
+    pub pilot: Option<Pilot>,
     /// What else is worth keeping: self-tests, timings.
     #[serde(default)]
     pub notes: Value,
@@ -100,11 +106,15 @@ pub struct Invocation {
 }
 
 impl ManifestCell {
-    /// The cells of a plan under `context`.
+    /// The cells of a plan under `context`; what a pilot found enters the digests of the cells that read it.
     ///
     /// # Errors
     /// [`RunDirError::Encode`] for a knob without a JSON form, which a validated plan has not.
-    pub fn of_plan(plan: &Plan, context: &Value) -> Result<Vec<Self>, RunDirError> {
+    pub fn of_plan(
+        plan: &Plan,
+        context: &Value,
+        pilot: Option<&Pilot>,
+    ) -> Result<Vec<Self>, RunDirError> {
         plan.cells
             .iter()
             .map(|cell| {
@@ -113,13 +123,11 @@ impl ManifestCell {
                     CellKind::Alias { of } => (Kind::Alias, Some(of.clone()), None),
                     CellKind::Skip { reason } => (Kind::Skip, None, Some(reason.clone())),
                 };
-                let config_hash =
-                    cell.experiment
-                        .config_hash(context)
-                        .map_err(|source| RunDirError::Encode {
-                            what: cell.experiment.id.clone(),
-                            source,
-                        })?;
+                let encode = |source| RunDirError::Encode {
+                    what: cell.experiment.id.clone(),
+                    source,
+                };
+                let config_hash = digest(&cell.experiment, context, pilot).map_err(encode)?;
                 Ok(Self {
                     id: cell.experiment.id.clone(),
                     suite: cell.experiment.suite.clone(),
@@ -134,7 +142,55 @@ impl ManifestCell {
     }
 }
 
+/// The digest of a cell under `context`, with what of a pilot the cell reads.
+fn digest(
+    experiment: &Experiment,
+    context: &Value,
+    pilot: Option<&Pilot>,
+) -> Result<String, serde_json::Error> {
+    let mut context = context.clone();
+    if let Some(pilot) = pilot {
+        if experiment.alpha_unit == AlphaUnit::Quantile {
+            context["quantiles"] = serde_json::to_value(&pilot.quantiles)?;
+        }
+        if experiment.consensus.needs_pilot() {
+            context["fitted"] =
+                serde_json::to_value((&pilot.temperatures, &pilot.cross_entropies))?;
+        }
+        if experiment.needs_donors() {
+            context["donors"] = Value::from(pilot.donors_sha256.clone());
+        }
+    }
+    experiment.config_hash(&context)
+}
+
 impl Manifest {
+    /// The digest of a cell in this folder.
+    ///
+    /// # Errors
+    /// As [`Experiment::config_hash`].
+    pub fn digest(&self, experiment: &Experiment) -> Result<String, serde_json::Error> {
+        digest(experiment, &self.context, self.pilot.as_ref())
+    }
+
+    /// How the folder's agents meet, and what its pilot found.
+    ///
+    /// # Errors
+    /// [`RunDirError::BadManifest`] with a topology that is none.
+    pub fn placement(&self, path: &Path) -> Result<Placement, RunDirError> {
+        let topology = match self.context.get("topology").and_then(|t| t.get("topology")) {
+            None => Topology::Lockstep,
+            Some(value) => serde_json::from_value(value.clone()).map_err(|source| {
+                let path = path.to_owned();
+                RunDirError::BadManifest { path, source }
+            })?,
+        };
+        Ok(Placement {
+            topology,
+            pilot: self.pilot.clone(),
+        })
+    }
+
     /// What keeps a folder with this manifest from being continued by `current`; empty if nothing does.
     #[must_use]
     pub fn conflicts(&self, current: &Self) -> Vec<FieldDiff> {
@@ -159,6 +215,7 @@ impl Manifest {
             invocations: self.invocations.clone(),
             cells: self.cells.clone(),
             seeds: self.seeds.clone(),
+            pilot: current.pilot.clone().or_else(|| self.pilot.clone()),
             ..current.clone()
         };
         merged

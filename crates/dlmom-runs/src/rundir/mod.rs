@@ -157,7 +157,7 @@ impl RunDir {
             }
             None => manifest,
         };
-        for folder in ["configs", "raw", "traces", "summary"] {
+        for folder in ["configs", "raw", "traces", "drift", "summary"] {
             let path = out.join(folder);
             std::fs::create_dir_all(&path).map_err(|source| RunDirError::Io {
                 path,
@@ -250,6 +250,36 @@ impl RunDir {
         Ok(JsonlWriter::open(&path, |_, _| Ok(()))?.0)
     }
 
+    /// `drift/<ID>.jsonl`.
+    #[must_use]
+    pub fn drift_path(&self, id: &str) -> PathBuf {
+        self.root.join("drift").join(format!("{id}.jsonl"))
+    }
+
+    /// Writes the recorded packets of other items, `pilot/donors.dltr`.
+    ///
+    /// # Errors
+    /// [`RunDirError::Io`].
+    pub fn write_donors(&self, bytes: &[u8]) -> Result<(), RunDirError> {
+        let path = donors_path(&self.root);
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(|source| RunDirError::Io {
+                path: folder.to_owned(),
+                action: "create folder",
+                source,
+            })?;
+        }
+        write_atomic(&path, bytes)
+    }
+
+    /// The writer of a cell's [`DriftLine`](crate::DriftLine)s; of several lines of one comparison the last counts.
+    ///
+    /// # Errors
+    /// [`JsonlError`].
+    pub fn drift_writer(&self, id: &str) -> Result<JsonlWriter, RunDirError> {
+        Ok(JsonlWriter::open(&self.drift_path(id), |_, _| Ok(()))?.0)
+    }
+
     /// Writes `summary/<ID>.json`.
     ///
     /// # Errors
@@ -267,6 +297,12 @@ fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), RunDirError> {
     })?;
     text.push('\n');
     write_atomic(path, text.as_bytes())
+}
+
+/// `pilot/donors.dltr` of a folder: transcripts one after another.
+#[must_use]
+pub fn donors_path(out: &Path) -> PathBuf {
+    out.join("pilot").join("donors.dltr")
 }
 
 fn config_path(out: &Path, id: &str) -> PathBuf {

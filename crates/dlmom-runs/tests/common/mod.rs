@@ -8,22 +8,25 @@
 
 use std::path::Path;
 
+use dlmom_core::Schedule;
 use dlmom_eval::{Item, NoJudge, Task};
 use dlmom_runs::{Experiment, Overrides, Plan, RawRow, Registry, RowContext, Setting};
 use dlmom_runtime::outcome::ENTROPY_BINS;
-use dlmom_runtime::{JobKey, MemoryStats, Outcome, Spread, Stop, entropy_bin};
+use dlmom_runtime::{JobKey, MemoryStats, Outcome, Spread, Stop, Topology, entropy_bin};
 use serde_json::{Value, json};
 
 pub(crate) const ENSEMBLE: Setting = Setting {
     shared_model: false,
     experts: 2,
+    topology: Topology::Lockstep,
 };
 pub(crate) const SHARED: Setting = Setting {
     shared_model: true,
     experts: 2,
+    topology: Topology::Lockstep,
 };
 
-pub(crate) fn plan(suites: &[&str], only: &[&str], setting: Setting) -> Plan {
+pub(crate) fn plan(suites: &[&str], only: &[&str], setting: &Setting) -> Plan {
     let strings = |words: &[&str]| words.iter().map(ToString::to_string).collect::<Vec<_>>();
     Registry::builtin()
         .unwrap()
@@ -37,7 +40,7 @@ pub(crate) fn plan(suites: &[&str], only: &[&str], setting: Setting) -> Plan {
 }
 
 pub(crate) fn experiment(id: &str) -> Experiment {
-    plan(&[], &[], ENSEMBLE)
+    plan(&[], &[], &ENSEMBLE)
         .cells
         .into_iter()
         .find(|c| c.experiment.id == id)
@@ -54,6 +57,7 @@ pub(crate) fn item(index: u64) -> Item {
         id: format!("item-{index}"),
         question: "q".into(),
         gold: index.to_string(),
+        solution: None,
         task: Task::Number,
     }
 }
@@ -80,7 +84,15 @@ pub(crate) fn outcome(item: &Item, seed: u64, answer: Option<u64>, latent: u32) 
         latent_steps: latent,
         latent_segments: if latent > 0 { vec![latent] } else { Vec::new() },
         switches: u32::from(latent > 0),
+        schedule: Schedule::from(if latent > 0 {
+            vec![0, latent, 5]
+        } else {
+            vec![5]
+        }),
+        injected_tokens: 0,
         handoffs: 0,
+        handoff_log: Vec::new(),
+        handoff_bytes: 0,
         prompt_tokens: vec![11, 12],
         forward_tokens: vec![16 + latent, 17 + latent],
         uplink_bytes: 400,
@@ -93,6 +105,10 @@ pub(crate) fn outcome(item: &Item, seed: u64, answer: Option<u64>, latent: u32) 
         entropy_hist: hist,
         topk_mass: (latent > 0).then_some(0.9),
         noise_kl: (latent > 0).then_some(0.05),
+        noise_js: (latent > 0).then_some(0.01),
+        agreement: Some(0.75),
+        merge_rate: Some(1.0),
+        divergences: None,
         latency_s: 0.5,
         started_at: 1000.0 + seed as f64,
         trace: None,
@@ -119,6 +135,7 @@ pub(crate) fn row(
             peak_device_bytes: None,
             peak_rss_bytes: Some(1 << 20),
         },
+        drift: None,
     };
     RawRow::new(
         &context,
