@@ -214,7 +214,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "N")]
     pub max_latent_steps: Option<u32>,
     /// Most handoffs of a sample, in a sequential topology [default: the length of the chain less one].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub max_handoffs: Option<u32>,
     /// What an agent hands to the next, in a sequential topology, for every cell that does not say.
     #[arg(long, value_parser = handoff, value_name = "transcript|text|kv")]
@@ -244,7 +244,12 @@ pub struct RunArgs {
     #[arg(long, default_value_t = 32, value_name = "N")]
     pub pilot_items: usize,
     /// Items per cell whose drift from the reference pipeline is measured.
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 0,
+        value_name = "N",
+        allow_negative_numbers = true
+    )]
     pub drift: usize,
     /// How packets and whole-vocabulary messages are written, for every cell that does not say.
     #[arg(long, value_parser = encoding, value_name = "f32|f16|bf16|compact")]

@@ -42,7 +42,7 @@ pub struct CalibrateArgs {
     #[arg(long, value_name = "BENCH")]
     pub bench: String,
     /// Mean KL divergence of the noisy packet from the packet, nats; the paper asks for 0.05 to 0.1.
-    #[arg(long, value_name = "KL")]
+    #[arg(long, value_name = "KL", allow_negative_numbers = true)]
     pub target_kl: f64,
     /// Items of the pilot, spread evenly over the benchmark.
     #[arg(long, default_value_t = 32, value_name = "N")]

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use dlmom_eval::stats::{Interval, holm};
 use dlmom_eval::suggest::hint;
-use dlmom_runs::fold::{CellRows, Slim, read_cell};
+use dlmom_runs::fold::{CellRows, Slim};
 use dlmom_runs::paired::{self, Paired, PairedScore};
 use dlmom_runs::rundir::Kind;
 use dlmom_runs::{Manifest, REF, read_manifest};
 use serde_json::json;
 
 use crate::report::{p_value, percent, table};
+use crate::run::rows_of;
 use crate::status::{CliError, ExitStatus};
 
 /// Which answers count.
@@ -52,7 +53,7 @@ struct Line {
     cell: String,
     against: String,
     paired: Paired,
-    /// Accuracies of both over the shared items.
+    /// Accuracies of both over the shared samples.
     accuracy: (f64, f64),
     bootstrap: Option<Interval>,
     adjusted: f64,
@@ -89,12 +90,17 @@ impl<'a> Folder<'a> {
         self.manifest
             .cells
             .iter()
-            .filter(|c| c.kind == Kind::Run && self.raw(&c.id).is_file())
+            .filter(|c| c.kind == Kind::Run && self.has_rows(&c.id))
             .map(|c| c.id.as_str())
     }
 
     fn raw(&self, id: &str) -> PathBuf {
         self.path.join("raw").join(format!("{id}.jsonl"))
+    }
+
+    fn has_rows(&self, id: &str) -> bool {
+        // A run that was killed before its first row leaves an empty file.
+        std::fs::metadata(self.raw(id)).is_ok_and(|file| file.is_file() && file.len() > 0)
     }
 
     /// The cell whose rows `id` means.
@@ -103,7 +109,7 @@ impl<'a> Folder<'a> {
         let cell = self.manifest.cells.iter().find(|c| c.id == id);
         let target = cell.map(|c| c.alias_of.clone().unwrap_or_else(|| c.id.clone()));
         match target {
-            Some(target) if self.raw(&target).is_file() => Ok(target),
+            Some(target) if self.has_rows(&target) => Ok(target),
             Some(_) => Err(CliError::Usage(format!(
                 "{flag}: {id} has no rows in {}",
                 self.path.display()
@@ -117,8 +123,8 @@ impl<'a> Folder<'a> {
         }
     }
 
-    fn rows(&self, id: &str) -> Result<CellRows, CliError> {
-        read_cell(&self.raw(id)).map_err(|e| CliError::Usage(e.to_string()))
+    fn rows(&self, id: &str) -> Result<Option<CellRows>, CliError> {
+        rows_of(&self.raw(id))
     }
 }
 
@@ -186,10 +192,13 @@ fn lines(
             }
         }
     }
-    let fixed = match (&args.against, other) {
-        (Some(id), _) => Some(base.resolve(id, "--against")?),
-        (None, None) => Some(base.resolve(REF, "--against")?),
+    let fixed = match (args.against.as_deref(), other) {
         (None, Some(_)) => None,
+        (against, _) => {
+            let id = base.resolve(against.unwrap_or(REF), "--against")?;
+            let rows = base.rows(&id)?;
+            Some((id, rows))
+        }
     };
     let right = |row: &Slim| match args.score {
         Score::Strict => row.correct,
@@ -197,21 +206,25 @@ fn lines(
     };
     let mut lines = Vec::new();
     for id in ids {
-        let against = match &fixed {
-            Some(against) => against.clone(),
-            None if base.ids().any(|known| known == id) => id.clone(),
+        let namesake;
+        let (against, theirs) = match &fixed {
+            Some((against, _)) if other.is_none() && *against == id => continue,
+            Some((against, rows)) => (against.clone(), rows),
+            None if base.ids().any(|known| known == id) => {
+                namesake = base.rows(&id)?;
+                (id.clone(), &namesake)
+            }
             None => continue,
         };
-        if other.is_none() && against == id {
-            continue;
-        }
-        let (a, b) = (ours.rows(&id)?, base.rows(&against)?);
-        let Some(paired) = paired::compare(&a, &b) else {
+        let (Some(a), Some(b)) = (&ours.rows(&id)?, theirs) else {
             continue;
         };
-        let differences = paired::differences(&a, &b, right);
+        let Some(paired) = paired::compare(a, b) else {
+            continue;
+        };
+        let differences = paired::differences(a, b, right);
         lines.push(Line {
-            accuracy: shared_accuracies(&a, &b, right),
+            accuracy: accuracies(&paired::shares(a, b, right)),
             bootstrap: paired::bootstrap(&differences),
             cell: id,
             against,
@@ -226,18 +239,11 @@ fn lines(
     Ok(lines)
 }
 
-/// Accuracies of two cells over the items both have, each item's rows counted as one.
-fn shared_accuracies(a: &CellRows, b: &CellRows, right: impl Fn(&Slim) -> bool) -> (f64, f64) {
-    let means = |cell: &CellRows, other: &CellRows| {
-        let groups: Vec<f64> = cell
-            .rows
-            .chunk_by(|x, y| x.item == y.item)
-            .filter(|group| other.rows.iter().any(|row| row.item == group[0].item))
-            .map(|group| group.iter().filter(|r| right(r)).count() as f64 / group.len() as f64)
-            .collect();
-        groups.iter().sum::<f64>() / groups.len().max(1) as f64
-    };
-    (means(a, b), means(b, a))
+/// Mean shares of right answers.
+fn accuracies(shares: &[(f64, f64)]) -> (f64, f64) {
+    let count = shares.len().max(1) as f64;
+    let sum = |of: fn(&(f64, f64)) -> f64| shares.iter().map(of).sum::<f64>() / count;
+    (sum(|(a, _)| *a), sum(|(_, b)| *b))
 }
 
 fn as_json(line: &Line, score: Score) -> serde_json::Value {

@@ -9,8 +9,8 @@ use dlmom_runs::row::Drift;
 use dlmom_runs::{DriftKind, DriftLine, Experiment, JsonlWriter, Placement, read_drift};
 use dlmom_runtime::replay::{Observations, replay};
 use dlmom_runtime::{
-    EnsembleInfo, Hooks, Job, JobKey, LoopConfig, MemoryStats, Outcome, Rival, RunOptions, Sink,
-    Topology, run_all,
+    EnsembleInfo, Hooks, Job, JobKey, LinkSpec, LoopConfig, MemoryStats, Outcome, Rival,
+    RunOptions, Sink, Support, Topology, run_all,
 };
 
 use crate::host::Host;
@@ -38,7 +38,14 @@ pub(crate) fn kinds(
         cell.loop_config(placement)?,
         reference.loop_config(placement)?,
     );
-    let message = |c: &LoopConfig| (c.k, c.link, c.noise, c.filter, c.controls.packet);
+    // What consensus sees of the agents is no part of the message that it sends them.
+    let message = |c: &LoopConfig| {
+        let link = LinkSpec {
+            support: Support::Full,
+            ..c.link
+        };
+        (c.k, link, c.noise, c.filter, c.controls.packet)
+    };
     if message(&ours) != message(&theirs) {
         kinds.push(DriftKind::OneStep);
     }

@@ -95,7 +95,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N")]
     pub max_latent_steps: Option<u32>,
     /// Most handoffs, in a sequential topology [default: the length of the chain less one].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub max_handoffs: Option<u32>,
     /// What an agent hands to the next, in a sequential topology.
     #[arg(long, value_parser = handoff, value_name = "transcript|text|kv")]
@@ -128,10 +128,15 @@ pub struct GenerateArgs {
     #[arg(long, value_parser = support, value_name = "full|packet")]
     pub support: Option<Support>,
     /// Gumbel-Softmax noise on packets, at this temperature.
-    #[arg(long, value_name = "TAU", conflicts_with = "dirichlet")]
+    #[arg(
+        long,
+        value_name = "TAU",
+        conflicts_with = "dirichlet",
+        allow_negative_numbers = true
+    )]
     pub gumbel: Option<f64>,
     /// Dirichlet noise on packets, with this concentration.
-    #[arg(long, value_name = "LAMBDA")]
+    #[arg(long, value_name = "LAMBDA", allow_negative_numbers = true)]
     pub dirichlet: Option<f64>,
     /// Temperature of printed tokens; 0 is greedy [default: 0].
     #[arg(long, value_name = "T", allow_negative_numbers = true)]

@@ -25,6 +25,7 @@ mod status;
 mod tables;
 pub mod timeline;
 mod validate;
+mod visits;
 
 use std::io::Write;
 

@@ -417,10 +417,17 @@ impl Piloting<'_> {
             .map(|i| 4f64.powf(f64::from(i) / f64::from(GRID)))
             .collect();
         let agents = self.backend.info().agents.len();
-        let mut sums = vec![vec![0.0; grid.len()]; agents];
         let mut tokens = 0_u64;
+        let mut sums = vec![vec![0.0; grid.len()]; agents];
         for chunk in solved.chunks(self.around.rows.max(1) as usize) {
-            tokens += self.force(chunk, &grid, &mut sums)?;
+            // Item by item, so that no sum depends on how many rows there are.
+            let mut of_items = vec![vec![vec![0.0; grid.len()]; agents]; chunk.len()];
+            tokens += self.force(chunk, &grid, &mut of_items)?;
+            for of_item in &of_items {
+                for (sum, found) in sums.iter_mut().zip(of_item) {
+                    add(sum, found);
+                }
+            }
         }
         if tokens == 0 {
             return Err(CliError::Usage(format!(
@@ -446,12 +453,13 @@ impl Piloting<'_> {
         Ok(())
     }
 
-    /// Feeds the solutions of up to as many items as there are rows, and adds the log-probabilities of their tokens.
+    /// Feeds the solutions of up to as many items as there are rows, and adds the log-probabilities of their tokens, by item
+    /// and agent.
     fn force(
         &mut self,
         items: &[(&Item, &str)],
         grid: &[f64],
-        sums: &mut [Vec<f64>],
+        sums: &mut [Vec<Vec<f64>>],
     ) -> Result<u64, CliError> {
         let info = self.backend.info().clone();
         let agents: Vec<AgentId> = (0..info.agents.len() as u32).map(AgentId).collect();
@@ -527,17 +535,28 @@ impl Piloting<'_> {
                 .collect();
             self.backend.advance(&rows, &mut out)?;
             tokens += out.rows.len() as u64;
-            for row in &out.rows {
-                for (sum, found) in sums.iter_mut().zip(&row.read.tempered) {
-                    for (sum, log_p) in sum.iter_mut().zip(found) {
-                        *sum += log_p;
-                    }
+            for (row, &at) in out.rows.iter().zip(&open) {
+                // Such a row holds no log-probabilities, which would count as certainty.
+                if let Some(agent) = row.read.finite.iter().position(|finite| !finite) {
+                    return Err(CliError::Failed(format!(
+                        "pilot, item {}: NaN or Inf in the logits of agent {agent}",
+                        items[at].0.id
+                    )));
+                }
+                for (sum, found) in sums[at].iter_mut().zip(&row.read.tempered) {
+                    add(sum, found);
                 }
             }
         }
         let slots: Vec<SlotId> = (0..items.len() as u32).map(SlotId).collect();
         self.backend.close(&slots);
         Ok(tokens)
+    }
+}
+
+fn add(sums: &mut [f64], terms: &[f64]) {
+    for (sum, term) in sums.iter_mut().zip(terms) {
+        *sum += term;
     }
 }
 
@@ -639,7 +658,15 @@ impl Sink for Gathered<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use dlmom_eval::{BenchSpec, Task};
+    use dlmom_runs::{Overrides, REF, Registry, Setting, topologies};
+    use dlmom_runtime::MockBackend;
+    use dlmom_runtime::mock::Position;
+
     use super::*;
+    use crate::host::NoPython;
 
     #[test]
     fn the_lowest_point_of_a_parabola_in_ln_t_is_found_between_the_grid() {
@@ -656,5 +683,195 @@ mod tests {
         }
         let falling: Vec<f64> = grid.iter().map(|t| -t).collect();
         assert_eq!(lowest(&grid, &falling), 4.0);
+    }
+
+    const VOCAB: u32 = 40;
+
+    /// Logits after a token: those of tokens that often follow in the solutions are higher.
+    fn logits(last: u32) -> Vec<f32> {
+        (0..VOCAB)
+            .map(|v| {
+                let rough = (last * 31 + v * 17) % 23;
+                let likely = if (last + 1) % VOCAB == v { 2.5 } else { 0.0 };
+                rough as f32 / 16.0 + likely
+            })
+            .collect()
+    }
+
+    /// Agents of the same logits, each at a scale of its own.
+    fn agents(scales: &'static [f32], rows: u32, max_len: u32) -> MockBackend {
+        let script = move |lane: LaneId, positions: &[Position], out: &mut [f32]| {
+            let last = positions.last().and_then(|p| p.first()).map_or(0, |p| p.0);
+            for (z, x) in out.iter_mut().zip(logits(last)) {
+                *z = scales[lane.agent.index()] * x;
+            }
+        };
+        MockBackend::scripted(scales.len(), VOCAB, rows, max_len, Box::new(script))
+    }
+
+    fn items() -> Vec<Item> {
+        // Bytes that follow one another are tokens that do; the rest keeps the best temperature finite.
+        let solutions = ["abcdefgabcxyz", "ghijkcab", "bcdecdefxmnopq", "zyxabcc"];
+        solutions
+            .iter()
+            .enumerate()
+            .map(|(i, solution)| Item {
+                id: format!("q{i}"),
+                question: "a".into(),
+                gold: "1".into(),
+                solution: Some((*solution).to_owned()),
+                task: Task::Number,
+            })
+            .collect()
+    }
+
+    fn fitted(backend: &mut MockBackend, items: &[Item]) -> Result<Pilot, CliError> {
+        let agents = backend.info().agents.len();
+        let rows = backend.info().slots;
+        let seating = topologies::lockstep(agents);
+        let plan = Registry::builtin()?.expand(
+            &["A1".to_owned()],
+            &[REF.to_owned()],
+            &Setting::lockstep(agents, false),
+            &Overrides::default(),
+        )?;
+        let bench = BenchSpec::parse("gsm8k:none.jsonl")?.bench();
+        let around = Surroundings {
+            seating: &seating,
+            bench: &bench,
+            items,
+            spare: &[],
+            rows,
+            seed: 0,
+        };
+        let mut pilot = Pilot::assumed(agents);
+        let asked = around.pilot_items(items.len());
+        Piloting {
+            around: &around,
+            reference: &plan.cells[0].experiment,
+            backend,
+            host: &mut NoPython,
+            err: &mut Vec::new(),
+        }
+        .fit(&asked, &mut pilot)?;
+        Ok(pilot)
+    }
+
+    /// Mean `-ln p` of the solutions' tokens at a temperature, each after the one before it; the first `most` of each.
+    fn loss(items: &[Item], scale: f32, temperature: f64, most: usize) -> f64 {
+        let prompt = BenchSpec::parse("gsm8k:none.jsonl").unwrap().bench();
+        let mut mock = agents(&[1.0], 1, 4096);
+        let mut terms = Vec::new();
+        for item in items {
+            let mut encode = |source: &PromptSource| {
+                let model = mock.info().agents[0];
+                mock.encode(model, source).unwrap()
+            };
+            let mut last = *encode(&prompt.prompt(item)).last().unwrap();
+            let text = item.solution.clone().unwrap();
+            for token in encode(&PromptSource::Text { text }).into_iter().take(most) {
+                let z: Vec<f64> = logits(last)
+                    .iter()
+                    .map(|x| f64::from(scale * x) / temperature)
+                    .collect();
+                let sum: f64 = z.iter().map(|x| x.exp()).sum();
+                terms.push(sum.ln() - z[token as usize]);
+                last = token;
+            }
+        }
+        terms.iter().sum::<f64>() / terms.len() as f64
+    }
+
+    /// The temperature of the least loss, by golden sections of its logarithm.
+    fn best(items: &[Item], scale: f32) -> f64 {
+        let golden = 0.5 * (5f64.sqrt() - 1.0);
+        let of = |x: f64| loss(items, scale, x.exp(), usize::MAX);
+        let (mut low, mut high) = (0.25f64.ln(), 4f64.ln());
+        while high - low > 1e-9 {
+            let (a, b) = (high - golden * (high - low), low + golden * (high - low));
+            if of(a) < of(b) {
+                high = b;
+            } else {
+                low = a;
+            }
+        }
+        (0.5 * (low + high)).exp()
+    }
+
+    #[test]
+    fn temperatures_minimise_the_cross_entropy_of_the_solutions() {
+        static SCALES: [f32; 3] = [1.0, 1.5, 0.6];
+        let items = items();
+        let found = fitted(&mut agents(&SCALES, 2, 4096), &items).unwrap();
+        let temperatures = found.temperatures.as_ref().unwrap();
+        let losses = found.cross_entropies.as_ref().unwrap();
+        let truths: BTreeSet<i64> = SCALES
+            .iter()
+            .zip(temperatures.iter().zip(losses))
+            .map(|(&scale, (t, at_one))| {
+                let truth = best(&items, scale);
+                assert!((t / truth - 1.0).abs() < 2e-3, "{t}, not {truth}");
+                assert!((at_one - loss(&items, scale, 1.0, usize::MAX)).abs() < 1e-9);
+                (truth * 1000.0) as i64
+            })
+            .collect();
+        // Within the grid, and far from one another.
+        assert!(truths.iter().all(|t| (300..3500).contains(t)), "{truths:?}");
+        assert_eq!(truths.len(), 3);
+        let least = losses.iter().copied().fold(f64::INFINITY, f64::min);
+        let weights: Vec<f64> = losses.iter().map(|loss| (least - loss).exp()).collect();
+        assert_eq!(found.weights().unwrap(), weights);
+    }
+
+    #[test]
+    fn logits_at_another_scale_have_their_temperature_at_that_scale() {
+        // 2 is a whole number of steps of the grid, so that the interpolation errs alike.
+        let found = fitted(&mut agents(&[0.75, 1.5], 3, 4096), &items()).unwrap();
+        let [a, b] = found.temperatures.unwrap()[..] else {
+            panic!("two agents");
+        };
+        assert!((b / a - 2.0).abs() < 1e-9, "{a}, {b}");
+        // Beyond the factors that are tried, the nearest.
+        let found = fitted(&mut agents(&[16.0, 0.05], 3, 4096), &items()).unwrap();
+        assert_eq!(found.temperatures.unwrap(), [4.0, 0.25]);
+    }
+
+    #[test]
+    fn what_is_fitted_is_the_same_bits_for_any_number_of_rows() {
+        let of = |rows| fitted(&mut agents(&[1.0, 1.5], rows, 4096), &items()).unwrap();
+        assert_eq!(of(1), of(3));
+        assert_eq!(of(1), of(9));
+    }
+
+    #[test]
+    fn a_solution_is_read_as_far_as_there_is_room() {
+        let items = items();
+        let prompt = {
+            let bench = BenchSpec::parse("gsm8k:none.jsonl").unwrap().bench();
+            let mut mock = agents(&[1.0], 1, 4096);
+            let model = mock.info().agents[0];
+            mock.encode(model, &bench.prompt(&items[0])).unwrap().len() as u32
+        };
+        let found = fitted(&mut agents(&[1.0], 2, prompt + 5), &items).unwrap();
+        let found = found.cross_entropies.unwrap()[0];
+        assert!((found - loss(&items, 1.0, 1.0, 5)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_no_certainty() {
+        let script = |lane: LaneId, positions: &[Position], out: &mut [f32]| {
+            let last = positions.last().and_then(|p| p.first()).map_or(0, |p| p.0);
+            out.copy_from_slice(&logits(last));
+            // One step of the second solution.
+            if lane.agent == AgentId(1) && last == 1 + u32::from(b'k') % (VOCAB - 1) {
+                out[3] = f32::NAN;
+            }
+        };
+        let mut backend = MockBackend::scripted(2, VOCAB, 2, 4096, Box::new(script));
+        let error = fitted(&mut backend, &items()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "pilot, item q1: NaN or Inf in the logits of agent 1"
+        );
     }
 }

@@ -22,7 +22,7 @@ use dlmom_runtime::{
 };
 use serde_json::{Value, json};
 
-use crate::args::{BatchSize, Device, Dtype, Order, RunArgs};
+use crate::args::{BatchSize, Device, Dtype, RunArgs};
 use crate::host::{EngineSpec, Host};
 use crate::mock;
 use crate::pilot;
@@ -291,7 +291,7 @@ pub(crate) fn data_path(
     }
 }
 
-/// The items to run, and the others.
+/// The items to run, and the others, both in the order of the file.
 fn choose(items: Vec<Item>, args: &RunArgs) -> (Vec<Item>, Vec<Item>) {
     let total = items.len();
     let wanted: HashSet<usize> = match (args.limit, args.pilot) {
@@ -306,9 +306,6 @@ fn choose(items: Vec<Item>, args: &RunArgs) -> (Vec<Item>, Vec<Item>) {
         } else {
             spare.push(item);
         }
-    }
-    if args.order == Order::Reversed {
-        chosen.reverse();
     }
     (chosen, spare)
 }
@@ -384,6 +381,11 @@ pub(crate) fn prepare(
             (found.rows, Some(found))
         }
     };
+    if args.drift > 0 && rows < 2 {
+        return Err(CliError::Usage(
+            "--drift: a comparison needs 2 rows of the batch, and auto chose 1; give --batch-size 2 or more".into(),
+        ));
+    }
     backend.reserve(rows, max_len)?;
     let info = backend.info().clone();
     let wanted = pilot::Wanted::of(&plan, args.pilot_items);
@@ -397,7 +399,11 @@ pub(crate) fn prepare(
             items: &items,
             spare: &spare,
             rows,
-            seed: args.seeds[0],
+            // A resumed run keeps its first seed.
+            seed: recorded
+                .as_ref()
+                .and_then(|m| m.seeds.first().copied())
+                .unwrap_or(args.seeds[0]),
         },
         &plan,
         &mut *backend,

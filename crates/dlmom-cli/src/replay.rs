@@ -19,6 +19,7 @@ use crate::args::{GateWord, alpha_unit};
 use crate::report::{percent, table, unit};
 use crate::run::{schedule_of, schedules};
 use crate::status::{CliError, ExitStatus};
+use crate::visits::switches;
 
 /// Differences from the recording that are named one by one.
 const SHOWN: usize = 20;
@@ -230,10 +231,9 @@ struct Tally {
 }
 
 impl Tally {
-    fn add(&mut self, modes: &[Mode]) {
+    fn add(&mut self, modes: &[Mode], handoffs: &[HandoffRecord]) {
         self.latent += modes.iter().filter(|m| **m == Mode::Latent).count() as u64;
-        let switches = modes.windows(2).filter(|pair| pair[0] != pair[1]).count();
-        self.switches.push(switches as f64);
+        self.switches.push(switches(modes, handoffs).count() as f64);
     }
 
     fn quantile(&self, q: f64) -> Option<f64> {
@@ -497,8 +497,8 @@ fn one(
     }
     found.samples += 1;
     found.steps += modes.len() as u64;
-    found.recorded.add(&sample.mode);
-    found.replayed.add(&modes);
+    found.recorded.add(&sample.mode, &sample.handoffs);
+    found.replayed.add(&modes, &sample.handoffs);
     Ok(())
 }
 

@@ -150,7 +150,10 @@ impl Shown<'_> {
             }
             Some(twin) => notes.push(format!("inert beside {twin}: {knobs}")),
             None if summary.inert => {
-                let bytes = |s: &Summary| (s.uplink.total, s.downlink.total);
+                let bytes = |s: &Summary| {
+                    let handed = s.handoff.map_or(0, |bytes| bytes.total);
+                    (s.uplink.total, s.downlink.total, handed)
+                };
                 let same = self.reference.is_none_or(|r| bytes(r) == bytes(summary));
                 notes.push(if same {
                     "inert: no sample differs from REF".to_owned()
@@ -433,19 +436,19 @@ fn diagnosis(
         AlphaUnit::Nats => manifest.ln_vocab.map(|ln_v| normalized * ln_v),
         AlphaUnit::Quantile => ranks.map(|ranks| ranks.rank(normalized)),
     };
-    let own = |x: f64| {
+    let own = |x: f64| -> String {
         unit_of(x, reference.alpha_unit).map_or_else(|| "-".to_owned(), |x| format!("{x:.4}"))
     };
     let word = unit(reference.alpha_unit);
     writeln!(
         out,
-        "coverage: {} is latent in {:.1} % of its steps at alpha {} ({word}); entropies seen: {} to {}, mean {} ({word})",
+        "coverage: {} is latent in {:.1} % of its steps at alpha {} ({word}); entropies seen: {} to {}, median {} ({word})",
         reference.id,
         100.0 * coverage,
         reference.alpha,
         own(entropy.min),
         own(entropy.max),
-        own(entropy.mean),
+        entropy.quantiles[1].map_or_else(|| "-".to_owned(), own),
     )?;
     if let Some(lengths) = lengths(&summary.latent_segments) {
         writeln!(out, "  latent segments by length: {lengths}")?;
@@ -459,6 +462,13 @@ fn diagnosis(
         } else {
             writeln!(out, "  the cap or the budget left no room for latent steps")?;
         }
+    }
+    if reference.cap > 0 && summary.switches.p50 + 1.0 >= reference.cap as f64 {
+        writeln!(
+            out,
+            "  half of the samples or more used up the cap of {} switches (--max-switches -1 lifts it)",
+            reference.cap
+        )?;
     }
     for wanted in &summary.alpha_for_coverage {
         let Some(normalized) = wanted.normalized else {

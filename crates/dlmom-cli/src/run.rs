@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dlmom_core::Schedule;
 use dlmom_eval::{CodeJudge, Item, read};
-use dlmom_runs::fold::{CellRows, read_cell, read_rows};
+use dlmom_runs::fold::{CellRows, FoldError, read_cell, read_rows};
 use dlmom_runs::row::Drift;
 use dlmom_runs::rundir::Kind;
 use dlmom_runs::{
@@ -21,7 +21,7 @@ use dlmom_runtime::{
 };
 use serde_json::json;
 
-use crate::args::{DisplayKind, RunArgs};
+use crate::args::{DisplayKind, Order, RunArgs};
 use crate::display::{CellProgress, CellStart, Display, Log, Plain, Silent};
 use crate::drift;
 use crate::host::Host;
@@ -182,8 +182,12 @@ fn cell(
         .copied()
         .unwrap_or(args.seeds[0]);
     let seeds = seeds_of(experiment, &args.seeds, first_seed);
+    let mut ordered: Vec<&Item> = prepared.items.iter().collect();
+    if args.order == Order::Reversed {
+        ordered.reverse();
+    }
     let keys = seeds.iter().flat_map(|&seed| {
-        prepared.items.iter().map(move |item| JobKey {
+        ordered.iter().map(move |item| JobKey {
             item_id: item.id.clone(),
             seed,
             sample: 0,
@@ -373,7 +377,7 @@ impl Sink for Recorder<'_> {
 
 /// The modes of the reference pipeline's samples.
 pub(crate) fn schedules(run: &Path) -> Result<HashMap<JobKey, Schedule>, CliError> {
-    let wrong = |e: dlmom_runs::fold::FoldError| CliError::Usage(e.to_string());
+    let wrong = |e: FoldError| CliError::Usage(e.to_string());
     let (rows, _) = read_rows::<RawRow>(&run.join("raw").join(format!("{REF}.jsonl")), |row| row)
         .map_err(wrong)?;
     Ok(rows
@@ -394,6 +398,15 @@ pub(crate) fn schedule_of(schedules: &HashMap<JobKey, Schedule>, key: &JobKey) -
     schedules.get(key).or_else(same_item).cloned()
 }
 
+/// The rows of a raw file; none where a run was killed before its first.
+pub(crate) fn rows_of(path: &Path) -> Result<Option<CellRows>, CliError> {
+    match read_cell(path) {
+        Ok(rows) => Ok(Some(rows)),
+        Err(FoldError::Empty { .. }) => Ok(None),
+        Err(error) => Err(CliError::Usage(error.to_string())),
+    }
+}
+
 /// Rows of a folder's cells, read once.
 #[derive(Default)]
 struct Book {
@@ -411,11 +424,7 @@ impl Book {
             return Ok(());
         }
         let path = dir.raw_path(id);
-        let rows = if path.exists() {
-            Some(read_cell(&path).map_err(|e| CliError::Usage(e.to_string()))?)
-        } else {
-            None
-        };
+        let rows = if path.exists() { rows_of(&path)? } else { None };
         self.rows.insert(id.to_owned(), rows);
         Ok(())
     }

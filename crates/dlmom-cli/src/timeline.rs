@@ -1,11 +1,14 @@
 //! One sample's steps, as `generate --trace` shows them live and `show` prints them afterwards.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::Write;
 
 use dlmom_core::{AlphaUnit, Gate, Mode};
 use dlmom_runtime::{LoopConfig, ModelInfo, StepEvent, Trace};
 use serde::Serialize;
+
+use crate::visits::switches;
 
 /// Entries of a packet named in a line.
 pub(crate) const TOP: usize = 5;
@@ -132,7 +135,8 @@ impl Step {
             trace.top_ids.len(),
             trace.token.len(),
         ];
-        (0..steps.into_iter().min().unwrap_or(0)).map(|at| {
+        let switched: BTreeSet<usize> = switches(&trace.mode, &trace.handoffs).collect();
+        (0..steps.into_iter().min().unwrap_or(0)).map(move |at| {
             let token = trace.token[at].map(|id| {
                 let known = trace.top_ids[at].iter().position(|other| *other == id);
                 known
@@ -143,7 +147,7 @@ impl Step {
                 step: at,
                 mode: trace.mode[at].as_str(),
                 agent: trace.agent.get(at).copied().unwrap_or(0),
-                switched: at > 0 && trace.mode[at] != trace.mode[at - 1],
+                switched: switched.contains(&at),
                 reason: trace.reason[at].as_str(),
                 entropy: trace.observed[at],
                 mass: trace.mass[at],

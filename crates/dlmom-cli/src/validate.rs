@@ -1,21 +1,22 @@
 //! `validate`: whether files hold what they should, every problem found and named.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use dlmom_core::{Mode, Reason};
+use dlmom_eval::sha256_hex;
 use dlmom_runs::fold::{CellRows, read_cell};
 use dlmom_runs::row::ROW_SCHEMA_VERSION;
-use dlmom_runs::rundir::{Kind as CellKind, MANIFEST_FORMAT, diff, read_config};
+use dlmom_runs::rundir::{Kind as CellKind, MANIFEST_FORMAT, diff, donors_path, read_config};
 use dlmom_runs::{
-    DriftKind, DriftLine, Experiment, Manifest, ManifestCell, Overrides, PRESETS, Plan, Preset,
-    REF, RawRow, Registry, RunDirError, Summary, read_drift, read_manifest, summarize,
+    DriftKind, DriftLine, Experiment, Manifest, ManifestCell, Overrides, PRESETS, Pilot, Plan,
+    Preset, REF, RawRow, Registry, RunDirError, Summary, read_drift, read_manifest, summarize,
     summarize_drift, topologies, twin, yaml,
 };
-use dlmom_runtime::{JobKey, Stop, Topology};
+use dlmom_runtime::{HandoffRecord, JobKey, Stop, Topology};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::Value;
@@ -23,6 +24,7 @@ use serde_json::Value;
 use crate::list::Agents;
 use crate::packet::census;
 use crate::status::{CliError, ExitStatus};
+use crate::visits::switches;
 
 /// Problems of one path that are printed.
 const SHOWN: usize = 50;
@@ -271,6 +273,7 @@ struct Facts {
     latent_steps: u32,
     explicit_tokens: u32,
     switches: u32,
+    handoffs: u32,
     stop: Stop,
 }
 
@@ -384,6 +387,7 @@ fn raw(
             latent_steps: row.latent_steps,
             explicit_tokens: row.explicit_tokens,
             switches: row.switches,
+            handoffs: row.handoffs,
             stop: row.stop,
         };
         let key = row.key();
@@ -421,6 +425,8 @@ struct Record {
     mass: Vec<Option<f64>>,
     noise_kl: Vec<Option<f64>>,
     token: Vec<Option<u32>>,
+    #[serde(default)]
+    handoffs: Vec<HandoffRecord>,
 }
 
 impl Record {
@@ -467,14 +473,13 @@ impl Record {
             return Vec::new();
         }
         let latent = self.mode.iter().filter(|m| **m == Mode::Latent).count();
-        let switches = self.mode.windows(2).filter(|m| m[0] != m[1]).count();
-        let tokens = self.token.iter().flatten().count();
-        // The end token is in the trace, but neither printed nor counted.
-        let printed = tokens.saturating_sub(usize::from(row.stop == Stop::Eos));
+        let switches = switches(&self.mode, &self.handoffs).count();
+        let printed = self.token.iter().flatten().count();
         [
             ("latent steps", latent, row.latent_steps),
             ("switches", switches, row.switches),
             ("printed tokens", printed, row.explicit_tokens),
+            ("handoffs", self.handoffs.len(), row.handoffs),
         ]
         .into_iter()
         .filter(|(_, is, should)| *is != *should as usize)
@@ -620,6 +625,7 @@ fn run(root: &Path, found: &mut Findings) {
     );
     found.ok(&path, &text);
     let mut cells: HashMap<&str, CellRows> = HashMap::new();
+    let mut faulty: HashSet<&str> = HashSet::new();
     let mut tally = Tally::default();
     for planned in &manifest.cells {
         let id = planned.id.as_str();
@@ -635,9 +641,9 @@ fn run(root: &Path, found: &mut Findings) {
         let keys = if file.exists() {
             let before = found.problems.len();
             let keys = raw(&file, Some((planned, experiment.as_ref())), found);
-            if found.problems.len() == before
-                && let Ok(rows) = read_cell(&file)
-            {
+            if found.problems.len() > before {
+                faulty.insert(id);
+            } else if let Ok(rows) = read_cell(&file) {
                 cells.insert(id, rows);
             }
             keys
@@ -668,12 +674,16 @@ fn run(root: &Path, found: &mut Findings) {
                 continue;
             }
             let reference = reference.filter(|_| of != REF);
-            let earlier = manifest
-                .cells
-                .iter()
-                .take_while(|c| c.id != of)
-                .filter_map(|c| cells.get(c.id.as_str()));
-            let twin = twin(rows, earlier);
+            let earlier = || {
+                let ids = manifest.cells.iter().map(|c| c.id.as_str());
+                ids.take_while(|id| *id != of)
+            };
+            let known = !earlier().any(|id| faulty.contains(id));
+            let twin = if known {
+                Twin::Is(twin(rows, earlier().filter_map(|id| cells.get(id))))
+            } else {
+                Twin::Unknown
+            };
             let rows = Sources {
                 rows,
                 reference,
@@ -682,6 +692,9 @@ fn run(root: &Path, found: &mut Findings) {
             summary(root, &manifest, planned, rows, finished, found);
             tally.summaries += 1;
         }
+    }
+    if let Some(pilot) = &manifest.pilot {
+        donors(root, pilot, finished, found);
     }
     strays(root, &manifest, found);
     for (folder, count, text) in [
@@ -754,11 +767,18 @@ fn config(
     Some(experiment)
 }
 
+/// The earlier cell that decides as this one does.
+enum Twin {
+    Is(Option<String>),
+    /// The rows of an earlier cell are faulty.
+    Unknown,
+}
+
 /// What a summary is made from.
 struct Sources<'a> {
     rows: &'a CellRows,
     reference: Option<&'a CellRows>,
-    twin: Option<String>,
+    twin: Twin,
 }
 
 /// `summary/<ID>.json`: what its rows give.
@@ -800,7 +820,13 @@ fn summary(
         experiment: planned.id.clone(),
         suite: planned.suite.clone(),
         drift: summarize_drift(&lines),
-        twin: sources.twin,
+        twin: match sources.twin {
+            Twin::Is(twin) => twin,
+            Twin::Unknown => recorded
+                .get("twin")
+                .and_then(Value::as_str)
+                .map(str::to_owned),
+        },
         ..summary
     };
     let again = serde_json::to_string(&summary).and_then(|text| serde_json::from_str(&text));
@@ -829,6 +855,28 @@ fn summary(
             }
         }
         Err(error) => found.at(&path, &error.to_string()),
+    }
+}
+
+/// `pilot/donors.dltr`: the packets that the digests of cells were made with.
+fn donors(root: &Path, pilot: &Pilot, finished: bool, found: &mut Findings) {
+    let Some(recorded) = &pilot.donors_sha256 else {
+        return;
+    };
+    let path = donors_path(root);
+    match std::fs::read(&path) {
+        Ok(bytes) if sha256_hex(&bytes) == *recorded => {
+            let items = pilot.donor_items.len();
+            found.ok(&path, &format!("packets of {items} items"));
+        }
+        Ok(_) => found.at(&path, "its digest is not the one in run.json"),
+        // It is written after run.json.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            if finished {
+                found.at(&path, "not there");
+            }
+        }
+        Err(error) => found.at(&path, &format!("cannot read: {error}")),
     }
 }
 

@@ -83,6 +83,20 @@ fn pairs<'a>(cell: &'a CellRows, other: &'a CellRows) -> Vec<Vec<(&'a Slim, &'a 
         .collect()
 }
 
+/// The shares of an item's pairs in which the cell and the other are right, for each shared item.
+#[must_use]
+pub fn shares(cell: &CellRows, other: &CellRows, right: impl Fn(&Slim) -> bool) -> Vec<(f64, f64)> {
+    pairs(cell, other)
+        .iter()
+        .map(|pairs| {
+            let count = pairs.len() as f64;
+            let ours = pairs.iter().filter(|(a, _)| right(a)).count();
+            let theirs = pairs.iter().filter(|(_, b)| right(b)).count();
+            (ours as f64 / count, theirs as f64 / count)
+        })
+        .collect()
+}
+
 /// The share of an item's pairs in which the cell is right, less that of the other: one number for each shared item, whose mean
 /// is [`PairedScore::delta`].
 #[must_use]

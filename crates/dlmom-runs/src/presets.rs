@@ -113,6 +113,16 @@ pub enum PresetError {
         /// All of them.
         known: String,
     },
+    /// A knob that has no null is null.
+    #[error("{file}: {field} of preset {name} is null; only a value makes sense")]
+    Null {
+        /// Name of the file.
+        file: String,
+        /// The preset's name.
+        name: String,
+        /// The knob.
+        field: &'static str,
+    },
 }
 
 impl Preset {
@@ -146,13 +156,21 @@ impl Preset {
     /// [`PresetError::Yaml`].
     pub fn parse(file: &str, text: &str) -> Result<Self, PresetError> {
         let parsed: PresetFile = yaml::from_str(file, text)?;
+        let knobs = Knobs::from(parsed.knobs);
+        if let Some(field) = knobs.wrong_null() {
+            return Err(PresetError::Null {
+                file: file.to_owned(),
+                name: parsed.name,
+                field,
+            });
+        }
         Ok(Self {
             name: parsed.name,
             source: parsed.source,
             deviations: parsed.deviations,
             topology: parsed.topology,
             where_known: parsed.where_known,
-            knobs: parsed.knobs.into(),
+            knobs,
         })
     }
 

@@ -173,7 +173,8 @@ struct AgentFile {
     /// Which expert it is, from 0; default its place, and the only one where there is only one.
     #[serde(default)]
     expert: Option<u32>,
-    /// Most latent steps of a visit that ends in a handoff.
+    /// Most latent steps of a visit; 0 prints from the start. Default an even share of what is left of the
+    /// sample's, and all of it for the agent that answers.
     #[serde(default)]
     latent_steps: Option<u32>,
 }
@@ -353,6 +354,11 @@ pub fn parse(file: &str, text: &str, experts: usize) -> Result<Seating, SeatingE
             return Err(wrong("agents is missing; a chain needs at least 2".into()));
         }
         None => lockstep(experts).seats,
+        Some(agents) if agents.is_empty() => {
+            return Err(wrong(
+                "agents is empty; without the key there is one for each expert".into(),
+            ));
+        }
         Some(agents) => seats(file, agents, experts)?,
     };
     let topology = match parsed.kind {

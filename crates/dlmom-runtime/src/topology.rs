@@ -57,8 +57,8 @@ pub struct Sequential {
 pub struct Role {
     /// Its name in traces and notes.
     pub name: String,
-    /// Most latent steps of one visit that ends in a handoff; null is an even share of what is left of
-    /// the sample's latent budget.
+    /// Most latent steps of one visit; null is an even share of what is left of the sample's latent budget,
+    /// and all of it for the agent that answers. 0 prints from the start.
     #[serde(default)]
     pub latent_steps: Option<u32>,
     /// What is put behind the prompt where notes are handed over as text: `{sender}` and `{notes}` are

@@ -1078,6 +1078,23 @@ fn a_role_may_say_how_long_it_thinks() {
             assert_eq!(o.handoff_log[0].bytes, 0, "nothing is sent");
         }
     }
+    // The one that answers has what is left, or what it says; 0 prints from the start, whatever was left over.
+    for (given, segments) in [
+        (None, vec![1, 5]),
+        (Some(2), vec![1, 2]),
+        (Some(100), vec![1, 5]),
+        (Some(0), vec![1]),
+    ] {
+        let mut cfg = pair(Handoff::Transcript);
+        chain_of(&mut cfg).roles[0].latent_steps = Some(1);
+        chain_of(&mut cfg).roles[1].latent_steps = given;
+        let mut mock = MockBackend::hashed(2, VOCAB, 1, ROOM);
+        let run = go(&mut mock, &cfg, vec![job(1, 2)]);
+        let o = run.one();
+        assert_eq!(o.latent_segments, segments);
+        assert_eq!((o.handoffs, o.explicit_tokens > 0), (1, true));
+        assert_traced(o);
+    }
 }
 
 #[test]

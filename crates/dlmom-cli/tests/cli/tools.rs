@@ -11,7 +11,7 @@ use dlmom_packet::{BeliefPacket, Encoding, Meta, encode};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{bad, call, good, questions, text};
+use super::{bad, call, good, json, json_lines, questions, text};
 
 /// A finished run of four cells over four questions on the mock.
 struct MockRun {
@@ -92,18 +92,6 @@ impl MockRun {
     fn rows(&self, id: &str) -> Vec<Value> {
         json_lines(&self.path(&format!("raw/{id}.jsonl")))
     }
-}
-
-fn json_lines(path: &Path) -> Vec<Value> {
-    fs::read_to_string(path)
-        .unwrap()
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
-}
-
-fn json(text: &str) -> Value {
-    serde_json::from_str(text).unwrap()
 }
 
 /// A change to one line, from 1, of a text.

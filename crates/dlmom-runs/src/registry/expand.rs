@@ -126,6 +126,14 @@ impl Overrides {
                 format!("{alpha} is not a finite number of at least 0"),
             ),
             Self {
+                alpha: Some(alpha),
+                alpha_unit: Some(AlphaUnit::Quantile),
+                ..
+            } if alpha > 1.0 => wrong(
+                "--alpha",
+                format!("{alpha} is no quantile; give a number from 0 to 1"),
+            ),
+            Self {
                 max_switches: Some(cap),
                 ..
             } if cap < -1 => wrong(
@@ -270,7 +278,10 @@ impl Registry {
                 }
                 let knobs = cell.knobs.over(&below);
                 let experiment = self.build(&cell.id, &suite.name, &knobs, setting)?;
-                let kind = kind_of(&experiment, &cells, setting);
+                let kind = match out_of_reach(&cell.knobs, setting) {
+                    Some(reason) => CellKind::Skip { reason },
+                    None => kind_of(&experiment, &cells, setting),
+                };
                 cells.push(PlannedCell { experiment, kind });
             }
         }
@@ -459,6 +470,21 @@ fn kind_of(experiment: &Experiment, earlier: &[PlannedCell], setting: &Setting) 
     }
 }
 
+/// Which of a cell's knobs reaches nothing in this topology, in words for the table.
+fn out_of_reach(knobs: &Knobs, setting: &Setting) -> Option<String> {
+    if setting.topology.chain().is_some() {
+        return None;
+    }
+    let knob = match knobs {
+        _ if knobs.handoff.is_present() => "handoff",
+        _ if knobs.max_handoffs.is_present() => "max_handoffs",
+        _ => return None,
+    };
+    Some(format!(
+        "{knob}: only a sequential topology hands anything over"
+    ))
+}
+
 /// Why a cell means nothing among these agents, in words for the table.
 fn cannot_exist(experiment: &Experiment, setting: &Setting) -> Option<&'static str> {
     let chain = setting.topology.chain().is_some();
@@ -508,6 +534,9 @@ fn cannot_exist(experiment: &Experiment, setting: &Setting) -> Option<&'static s
         _ if needs_several(&experiment.consensus) && singly => {
             Some("consensus: agents that move one at a time have nothing to merge")
         }
+        _ if experiment.consensus.needs_pilot() && setting.topology.hierarchy().is_some() => Some(
+            "consensus: a pilot fits all agents, and groups are merged apart; write the numbers of a group's members",
+        ),
         _ => None,
     }
 }

@@ -158,7 +158,7 @@ macro_rules! knobs {
 
         impl Knobs {
             /// The first knob that is null although only a value makes sense.
-            pub(super) fn wrong_null(&self) -> Option<&'static str> {
+            pub(crate) fn wrong_null(&self) -> Option<&'static str> {
                 $(if !$null && self.$field == Knob::Null { return Some(stringify!($field)); })*
                 None
             }

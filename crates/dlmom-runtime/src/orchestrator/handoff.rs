@@ -23,18 +23,17 @@ fn to_come(chain: &Sequential, place: usize, used: u32) -> u32 {
     left.min((chain.roles.len() - place) as u32)
 }
 
-/// Latent steps of a visit: what the role says, or an even share of what is left among the agents to come;
-/// all that is left for the agent that answers.
+/// Latent steps of a visit: what the role says, else an even share of what is left among the agents to come, or all
+/// that is left for the agent that answers.
 pub(crate) fn latent_share(config: &LoopConfig, place: usize, taken: u32, handoffs: u32) -> u32 {
     let left = config.controller.max_latent_steps.saturating_sub(taken);
-    match config.topology.chain() {
-        Some(chain) if thinks(chain, place, handoffs) => {
-            let share = chain.roles[place]
-                .latent_steps
-                .unwrap_or(left.div_ceil(to_come(chain, place, handoffs)));
-            share.min(left)
-        }
-        _ => left,
+    let Some(chain) = config.topology.chain() else {
+        return left;
+    };
+    match chain.roles[place].latent_steps {
+        Some(given) => given.min(left),
+        None if thinks(chain, place, handoffs) => left.div_ceil(to_come(chain, place, handoffs)),
+        None => left,
     }
 }
 
