@@ -24,7 +24,7 @@ from docs_blocks import ROOT, Block, blocks, commands
 
 DOCS = ROOT / "docs"
 # Later pages use the runs of earlier ones.
-PAGES = ("tutorial", "loop", "packets", "own-parts", "benches")
+PAGES = ("tutorial", "loop", "topologies", "evidence", "packets", "own-parts", "benches")
 FIGURES = {
     "trace_REF_667812e5.svg": "trace-threshold.svg",
     "trace_A2.3_667812e5.svg": "trace-trend.svg",

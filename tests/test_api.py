@@ -231,6 +231,7 @@ def test_the_trend_thresholds_follow_alpha(ensemble: DeepLatentMoM) -> None:
         ({"link": {"encoding": "f64"}}, "f64"),
         ({"link": {"mesage": "embed"}}, r"link\.mesage: unknown field; did you mean message"),
         ({"max_steps": True}, "max_steps: True is not a whole number"),
+        ({"controls": {"drop_latent": 1}}, r"controls\.drop_latent: 1 is not true or false"),
         ({"k": [1]}, "k: "),
     ],
 )

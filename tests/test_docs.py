@@ -96,6 +96,8 @@ def scaled(words: list[str]) -> list[str]:
         reset(words, "--pilot" if "--pilot" in words else "--limit", str(ITEMS))
         reset(words, "--seeds", "0")
         reset(words, "--display", "none")
+        if "--drift" in words:
+            reset(words, "--drift", "1")
     if "--item" in words:
         # The item shown need not be among the few of a quick run.
         traces = (Path(words[1]) / "traces" / "REF.jsonl").read_text(encoding="utf-8")

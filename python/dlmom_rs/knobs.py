@@ -71,6 +71,8 @@ def _checked(path: str, old: Any, value: Any) -> Any:
     number = isinstance(value, Real) and not isinstance(value, bool)
     if isinstance(old, str) or name in _TEXT:
         fits, wanted = isinstance(value, str), "text"
+    elif isinstance(old, bool):
+        fits, wanted = isinstance(value, bool), "true or false"
     elif isinstance(old, int):
         fits, wanted = number and isinstance(value, int), "a whole number"
     else:
