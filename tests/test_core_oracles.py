@@ -59,6 +59,7 @@ PURPOSES = {
     "expert": 5,
     "tilt": 6,
     "donor": 7,
+    "resample": 8,
 }
 
 
@@ -99,7 +100,7 @@ def stream_golden() -> dict[str, Any]:
     ]
     draws = []
     purposes = [("gumbel", 0), ("token", 0), ("dirichlet", 3)]
-    purposes += [(name, 0) for name in ["shuffle", "expert", "tilt", "donor"]]
+    purposes += [(name, 0) for name in ["shuffle", "expert", "tilt", "donor", "resample"]]
     for seed, step, token, (purpose, attempt) in itertools.product(
         [0, 42, MASK], [0, 9], [0, 151664], purposes
     ):

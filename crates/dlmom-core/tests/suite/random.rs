@@ -7,7 +7,7 @@ use dlmom_core::{Purpose, Stream, sample_key};
 
 use crate::common::{assert_near, golden, hex, ks_uniform};
 
-const ALL: [(&str, Purpose); 7] = [
+const ALL: [(&str, Purpose); 8] = [
     ("gumbel", Purpose::Gumbel),
     ("dirichlet", Purpose::Dirichlet),
     ("token", Purpose::Token),
@@ -15,6 +15,7 @@ const ALL: [(&str, Purpose); 7] = [
     ("expert", Purpose::Expert),
     ("tilt", Purpose::Tilt),
     ("donor", Purpose::Donor),
+    ("resample", Purpose::Resample),
 ];
 
 /// The vectors of Random123's `kat_vectors` for philox4x64 with 10 rounds.
