@@ -147,6 +147,8 @@ impl From<GateWord> for Gate {
 /// Order in which items are worked on; no output depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Order {
+    /// Longest prompt first, so that the last samples are short ones.
+    Longest,
     /// As in the file.
     Given,
     /// Last item first.
@@ -231,8 +233,8 @@ pub struct RunArgs {
     /// Only N items spread evenly over the benchmark.
     #[arg(long, value_name = "N", conflicts_with = "limit")]
     pub pilot: Option<usize>,
-    /// Order in which items are worked on.
-    #[arg(long, value_enum, default_value_t = Order::Given)]
+    /// Order in which items are worked on; no output depends on it.
+    #[arg(long, value_enum, default_value_t = Order::Longest)]
     pub order: Order,
     /// Entropy threshold for every cell that names none.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]

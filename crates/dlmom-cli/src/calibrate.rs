@@ -312,8 +312,8 @@ fn packets(
         seed: args.seed,
     };
     let asked: Vec<&Item> = around.pilot_items(args.pilot_items);
-    let (max_len, _) = longest(&mut *backend, &bench, &seating, &asked, &plan, &assumed)?;
-    backend.reserve(args.batch_size, max_len)?;
+    let lengths = longest(&mut *backend, &bench, &seating, &asked, &plan, &assumed)?;
+    backend.reserve(args.batch_size, lengths.max_len)?;
     let wanted = Wanted {
         quantiles: args.alpha_unit == Some(AlphaUnit::Quantile),
         fit: false,

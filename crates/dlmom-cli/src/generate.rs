@@ -512,6 +512,7 @@ fn ask(
     let options = RunOptions {
         max_failures: 1,
         rows: Some(1),
+        ..RunOptions::default()
     };
     let ended = run(
         backend,

@@ -40,6 +40,8 @@ pub(crate) struct Prepared {
     pub(crate) donors: Donors,
     pub(crate) bench: Bench,
     pub(crate) items: Vec<Item>,
+    /// Tokens of every item's longest prompt.
+    pub(crate) prompt_lengths: HashMap<String, u32>,
     pub(crate) backend: Box<dyn Backend>,
     pub(crate) judge: Box<dyn CodeJudge>,
     pub(crate) dir: RunDir,
@@ -371,7 +373,11 @@ pub(crate) fn prepare(
         })?;
     }
     let asked: Vec<&Item> = items.iter().chain(&spare).collect();
-    let (max_len, prompts) = longest(&mut *backend, &bench, &seating, &asked, &plan, &assumed)?;
+    let Lengths {
+        max_len,
+        prompts,
+        by_item: prompt_lengths,
+    } = longest(&mut *backend, &bench, &seating, &asked, &plan, &assumed)?;
     let (rows, probed) = match (args.batch_size, &recorded) {
         (BatchSize::Rows(rows), _) => (rows, None),
         (BatchSize::Auto, Some(recorded)) => (recorded.batch_size, None),
@@ -496,6 +502,7 @@ pub(crate) fn prepare(
         donors: piloted.donors,
         bench,
         items,
+        prompt_lengths,
         backend,
         judge: match runner {
             Some(runner) => Box::new(runner),
@@ -534,7 +541,16 @@ fn notes(info: &dlmom_runtime::EnsembleInfo, probed: Option<&Probe>, max_len: u3
 /// Prompt tokens of one item, by agent.
 pub(crate) type Prompts = Vec<Vec<u32>>;
 
-/// Positions that the longest sample may need, and the first items' prompts.
+/// What the prompts of the items take.
+pub(crate) struct Lengths {
+    /// Positions that the longest sample may need.
+    pub(crate) max_len: u32,
+    /// The first items' prompts.
+    pub(crate) prompts: Vec<Prompts>,
+    /// Tokens of every item's longest prompt.
+    pub(crate) by_item: HashMap<String, u32>,
+}
+
 pub(crate) fn longest(
     backend: &mut dyn Backend,
     bench: &Bench,
@@ -542,9 +558,9 @@ pub(crate) fn longest(
     items: &[&Item],
     plan: &Plan,
     placement: &Placement,
-) -> Result<(u32, Vec<Prompts>), CliError> {
+) -> Result<Lengths, CliError> {
     let info = backend.info().clone();
-    let mut longest = 0;
+    let mut by_item = HashMap::new();
     let mut first = Vec::new();
     for item in items {
         let sources = seating.prompts(&bench.prompt(item));
@@ -557,13 +573,15 @@ pub(crate) fn longest(
                     info.models[model.index()].name
                 ))
             })?;
-            longest = longest.max(ids.len() as u32);
             tokens.push(ids);
         }
+        let own = tokens.iter().map(Vec::len).max().unwrap_or(0) as u32;
+        by_item.insert(item.id.clone(), own);
         if first.len() < 128 {
             first.push(tokens);
         }
     }
+    let longest = by_item.values().copied().max().unwrap_or(0);
     let mut most = longest;
     for experiment in plan.runs() {
         let config = experiment.loop_config(placement)?;
@@ -580,7 +598,11 @@ pub(crate) fn longest(
             "the longest prompt has {longest} tokens, the smallest context {context}"
         )));
     }
-    Ok((most.min(context), first))
+    Ok(Lengths {
+        max_len: most.min(context),
+        prompts: first,
+        by_item,
+    })
 }
 
 /// Positions that a sample with prompts of up to `prompt` tokens may need in one lane.

@@ -1,5 +1,6 @@
-//! `run`: every cell of the plan, in order, each sample recorded as it finishes.
+//! `run`: every cell of the plan, each sample recorded as it finishes.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::Write;
 use std::ops::ControlFlow;
@@ -16,8 +17,8 @@ use dlmom_runs::{
     Summary, TraceLine, read_drift, summarize, summarize_drift, twin,
 };
 use dlmom_runtime::{
-    EnsembleInfo, Hooks, Job, JobKey, MemoryStats, Outcome, Progress, RunOptions, RunStats, Sink,
-    run_with,
+    EnsembleInfo, Hooks, Job, JobKey, MemoryStats, Outcome, Progress, RunOptions, RunStats, Share,
+    Sink, run_shared,
 };
 use serde_json::json;
 
@@ -104,6 +105,8 @@ fn quote(word: &str) -> String {
     }
 }
 
+/// Runs every cell: those that need nothing of the others share one batch, so that none ends with half of it empty; then
+/// those that follow what the reference pipeline did.
 fn cells(
     args: &RunArgs,
     prepared: &mut Prepared,
@@ -112,80 +115,130 @@ fn cells(
     display: &mut dyn Display,
 ) -> Result<(), CliError> {
     let running: Vec<Experiment> = prepared.plan.runs().cloned().collect();
-    for (index, experiment) in running.iter().enumerate() {
-        let place = (index + 1, running.len());
-        let stats = cell(args, prepared, experiment, place, host, display)?;
-        book.forget(&experiment.id);
-        if let Some(summary) = book.summary(&prepared.dir, &experiment.id)? {
-            prepared.dir.write_summary(&summary)?;
+    let count = running.len();
+    let (later, first): (Vec<_>, Vec<_>) = running
+        .into_iter()
+        .enumerate()
+        .partition(|(_, experiment)| experiment.same_exits);
+    for batch in [first, later] {
+        if batch.is_empty() {
+            continue;
         }
-        if let Some(stats) = stats {
-            let slots = prepared.rows;
-            prepared.dir.update_manifest(|manifest| {
-                if !manifest.notes.is_object() {
-                    manifest.notes = json!({});
-                }
-                manifest.notes["timings"][&experiment.id] = json!({
-                    "samples": stats.samples,
-                    "steps": stats.steps,
-                    "occupancy": occupancy(&stats, slots),
-                    "backend_s": stats.backend_s,
-                    "wall_s": stats.wall_s,
-                });
-            })?;
+        let ids: Vec<String> = batch.iter().map(|(_, e)| e.id.clone()).collect();
+        let stats = together(args, prepared, batch, count, host, display)?;
+        for id in &ids {
+            book.forget(id);
+        }
+        for id in &ids {
+            if let Some(summary) = book.summary(&prepared.dir, id)? {
+                prepared.dir.write_summary(&summary)?;
+            }
+        }
+        if let Some((stats, shares)) = stats {
+            note_timings(prepared, &ids, &stats, &shares)?;
         }
     }
     Ok(())
 }
 
-fn occupancy(stats: &RunStats, slots: u32) -> f64 {
-    let offered = stats.steps * u64::from(slots.max(1));
+/// Times of a batch, and of its cells, into the manifest.
+fn note_timings(
+    prepared: &mut Prepared,
+    ids: &[String],
+    stats: &RunStats,
+    shares: &[Share],
+) -> Result<(), CliError> {
+    let slots = prepared.rows;
+    prepared.dir.update_manifest(|manifest| {
+        if !manifest.notes.is_object() {
+            manifest.notes = json!({});
+        }
+        let mut ran = Vec::new();
+        for (id, share) in ids.iter().zip(shares) {
+            if share.samples > 0 {
+                ran.push(id);
+                // Of every invocation together.
+                let before = manifest.notes["timings"][id].clone();
+                let count = |name: &str| before[name].as_u64().unwrap_or(0);
+                manifest.notes["timings"][id] = json!({
+                    "samples": count("samples") + share.samples,
+                    "rows": count("rows") + share.rows,
+                    "wall_s": before["wall_s"].as_f64().unwrap_or(0.0) + share.wall_s,
+                });
+            }
+        }
+        if !manifest.notes["batches"].is_array() {
+            manifest.notes["batches"] = json!([]);
+        }
+        if let Some(batches) = manifest.notes["batches"].as_array_mut() {
+            batches.push(json!({
+                "cells": ran,
+                "samples": stats.samples,
+                "steps": stats.steps,
+                "occupancy": occupancy(stats.steps, stats.rows, slots),
+                "occupancy_before_drain": occupancy(stats.full.0, stats.full.1, slots),
+                "backend_s": stats.backend_s,
+                "wall_s": stats.wall_s,
+            }));
+        }
+    })?;
+    Ok(())
+}
+
+fn occupancy(steps: u64, rows: u64, slots: u32) -> f64 {
+    let offered = steps * u64::from(slots.max(1));
     if offered == 0 {
         0.0
     } else {
-        stats.rows as f64 / offered as f64
+        rows as f64 / offered as f64
     }
 }
 
-/// Runs what is left of one cell; `None` if nothing was.
-fn cell(
+/// A cell on its way: what is left of it, and where its rows go.
+struct Work {
+    experiment: Experiment,
+    config_hash: String,
+    start: CellStart,
+    todo: Vec<JobKey>,
+    schedules: HashMap<JobKey, Schedule>,
+    drifts: HashMap<JobKey, Drift>,
+    writer: RawWriter,
+    traces: JsonlWriter,
+    progress: CellProgress,
+    /// Latent steps and all steps so far.
+    steps: (u64, u64),
+    /// When its first sample was admitted.
+    started: Option<Instant>,
+}
+
+/// Opens a cell's files and finds what is left of it.
+fn open(
     args: &RunArgs,
     prepared: &mut Prepared,
-    experiment: &Experiment,
+    experiment: Experiment,
     place: (usize, usize),
     host: &mut dyn Host,
     display: &mut dyn Display,
-) -> Result<Option<RunStats>, CliError> {
-    let config = experiment.loop_config(&prepared.placement)?;
+) -> Result<Work, CliError> {
+    let id = experiment.id.clone();
     let config_hash = prepared
         .dir
         .manifest()
         .cells
         .iter()
-        .find(|c| c.id == experiment.id)
+        .find(|c| c.id == id)
         .map(|c| c.config_hash.clone())
         .unwrap_or_default();
-    let (writer, repair) = prepared.dir.raw_writer(&experiment.id, &config_hash)?;
+    let (writer, repair) = prepared.dir.raw_writer(&id, &config_hash)?;
     if let Repair::Torn { bytes, aside } = &repair {
         display.line(&format!(
-            "{}: {bytes} bytes of a torn last line moved to {}",
-            experiment.id,
+            "{id}: {bytes} bytes of a torn last line moved to {}",
             aside.display()
         ));
     }
-    // A resumed run keeps its first seed, so that a deterministic cell is not run again under another name.
-    let first_seed = prepared
-        .dir
-        .manifest()
-        .seeds
-        .first()
-        .copied()
-        .unwrap_or(args.seeds[0]);
-    let seeds = seeds_of(experiment, &args.seeds, first_seed);
-    let mut ordered: Vec<&Item> = prepared.items.iter().collect();
-    if args.order == Order::Reversed {
-        ordered.reverse();
-    }
+    let first_seed = first_seed(args, prepared);
+    let seeds = seeds_of(&experiment, &args.seeds, first_seed);
+    let ordered = ordered(args.order, prepared);
     let keys = seeds.iter().flat_map(|&seed| {
         ordered.iter().map(move |item| JobKey {
             item_id: item.id.clone(),
@@ -195,67 +248,39 @@ fn cell(
     });
     let (done, todo): (Vec<JobKey>, Vec<JobKey>) = keys.partition(|key| writer.is_done(key));
     let total = (done.len() + todo.len()) as u64;
-    display.start(&CellStart {
-        id: experiment.id.clone(),
-        index: place.0,
-        cells: place.1,
-        total,
-        done: done.len() as u64,
-    });
     let schedules = if experiment.same_exits {
         schedules(prepared.dir.root())?
     } else {
         HashMap::new()
     };
-    let schedule = |key: &JobKey| schedule_of(&schedules, key);
     let drifts = if args.drift > 0 {
         display.line(&format!(
-            "{}: drift from {REF}, {} items",
-            experiment.id,
+            "{id}: drift from {REF}, {} items",
             args.drift.min(prepared.items.len())
         ));
+        let schedule = |key: &JobKey| schedule_of(&schedules, key);
         drift::measure(
-            prepared, experiment, first_seed, args.drift, &schedule, host,
+            prepared,
+            &experiment,
+            first_seed,
+            args.drift,
+            &schedule,
+            host,
         )?
     } else {
         HashMap::new()
     };
-    let items: HashMap<&str, &Item> = prepared.items.iter().map(|i| (i.id.as_str(), i)).collect();
-    let traced: Vec<&str> = prepared
-        .items
-        .iter()
-        .take(args.traces)
-        .map(|i| i.id.as_str())
-        .collect();
-    let bench = prepared.bench.clone();
-    let seating = &prepared.seating;
-    let mut jobs = todo.iter().filter_map(|key| {
-        let item = items.get(key.item_id.as_str())?;
-        Some(Job {
-            key: key.clone(),
-            prompts: seating.prompts(&bench.prompt(item)),
-            trace: key.seed == first_seed && traced.contains(&key.item_id.as_str()),
-            config: 0,
-            schedule: experiment.same_exits.then(|| schedule(key)).flatten(),
-            rival: None,
-        })
-    });
-    let traces = prepared.dir.trace_writer(&experiment.id)?;
-    let mut sink = Recorder {
-        experiment,
-        config_hash: &config_hash,
-        bench: prepared.bench.name(),
-        items: &items,
-        drifts: &drifts,
-        judge: &mut *prepared.judge,
-        writer,
-        traces,
-        rows: prepared.rows,
-        host,
-        display,
-        started: Instant::now(),
+    let traces = prepared.dir.trace_writer(&id)?;
+    Ok(Work {
+        start: CellStart {
+            id: id.clone(),
+            index: place.0,
+            cells: place.1,
+            total,
+            done: done.len() as u64,
+        },
         progress: CellProgress {
-            id: experiment.id.clone(),
+            id,
             done: done.len() as u64,
             total,
             session: 0,
@@ -266,9 +291,98 @@ fn cell(
             rate: 0.0,
             eta_s: None,
         },
+        experiment,
+        config_hash,
+        todo,
+        schedules,
+        drifts,
+        writer,
+        traces,
         steps: (0, 0),
+        started: None,
+    })
+}
+
+/// A resumed run keeps its first seed, so that a deterministic cell is not run again under another name.
+fn first_seed(args: &RunArgs, prepared: &Prepared) -> u64 {
+    let recorded = prepared.dir.manifest().seeds.first().copied();
+    recorded.unwrap_or(args.seeds[0])
+}
+
+/// The items in the order in which they are admitted.
+fn ordered(order: Order, prepared: &Prepared) -> Vec<&Item> {
+    let mut ordered: Vec<&Item> = prepared.items.iter().collect();
+    match order {
+        Order::Given => {}
+        Order::Reversed => ordered.reverse(),
+        Order::Longest => {
+            let length = |item: &&Item| prepared.prompt_lengths.get(&item.id).copied();
+            ordered.sort_by_key(|item| std::cmp::Reverse(length(item)));
+        }
+    }
+    ordered
+}
+
+/// Runs what is left of several cells in one batch; `None` if nothing was.
+fn together(
+    args: &RunArgs,
+    prepared: &mut Prepared,
+    batch: Vec<(usize, Experiment)>,
+    count: usize,
+    host: &mut dyn Host,
+    display: &mut dyn Display,
+) -> Result<Option<(RunStats, Vec<Share>)>, CliError> {
+    let mut works = Vec::with_capacity(batch.len());
+    let mut configs = Vec::with_capacity(batch.len());
+    for (at, experiment) in batch {
+        configs.push(experiment.loop_config(&prepared.placement)?);
+        let place = (at + 1, count);
+        works.push(open(args, prepared, experiment, place, host, display)?);
+    }
+    let items: HashMap<&str, &Item> = prepared.items.iter().map(|i| (i.id.as_str(), i)).collect();
+    let first_seed = first_seed(args, prepared);
+    let traced: Vec<&str> = prepared
+        .items
+        .iter()
+        .take(args.traces)
+        .map(|i| i.id.as_str())
+        .collect();
+    let bench = prepared.bench.clone();
+    let seating = &prepared.seating;
+    let mut queue = Vec::new();
+    for (config, work) in works.iter_mut().enumerate() {
+        for key in std::mem::take(&mut work.todo) {
+            let followed = work.experiment.same_exits;
+            let schedule = followed.then(|| schedule_of(&work.schedules, &key));
+            queue.push((config, key, schedule.flatten()));
+        }
+    }
+    let empty = queue.is_empty();
+    let admitted: Vec<Cell<u64>> = works.iter().map(|_| Cell::new(0)).collect();
+    let mut jobs = queue.into_iter().filter_map(|(config, key, schedule)| {
+        let item = items.get(key.item_id.as_str())?;
+        admitted[config].set(admitted[config].get() + 1);
+        Some(Job {
+            prompts: seating.prompts(&bench.prompt(item)),
+            trace: key.seed == first_seed && traced.contains(&key.item_id.as_str()),
+            config: config as u32,
+            schedule,
+            rival: None,
+            key,
+        })
+    });
+    let mut sink = Recorder {
+        bench: prepared.bench.name(),
+        items: &items,
+        admitted: &admitted,
+        judge: &mut *prepared.judge,
+        rows: prepared.rows,
+        host,
+        display,
+        works,
     };
-    let stats = if todo.is_empty() {
+    sink.begin();
+    let result = if empty {
         None
     } else {
         let options = RunOptions {
@@ -279,37 +393,53 @@ fn cell(
             donors: prepared.donors.clone(),
             ..Hooks::default()
         };
-        Some(run_with(
+        Some(run_shared(
             &mut *prepared.backend,
-            &config,
+            &configs,
             &options,
             hooks,
             &mut jobs,
             &mut sink,
         )?)
     };
-    sink.writer.sync()?;
-    let progress = sink.progress.clone();
-    display.finish(&progress);
-    Ok(stats)
+    for work in &mut sink.works {
+        work.writer.sync()?;
+    }
+    Ok(result)
 }
 
+/// Turns outcomes into rows of their cells.
 struct Recorder<'a> {
-    experiment: &'a Experiment,
-    config_hash: &'a str,
     bench: &'a str,
     items: &'a HashMap<&'a str, &'a Item>,
-    drifts: &'a HashMap<JobKey, Drift>,
+    /// Samples admitted so far, by cell.
+    admitted: &'a [Cell<u64>],
     judge: &'a mut dyn CodeJudge,
-    writer: RawWriter,
-    traces: JsonlWriter,
     rows: u32,
     host: &'a mut dyn Host,
     display: &'a mut dyn Display,
-    started: Instant,
-    progress: CellProgress,
-    /// Latent steps and all steps so far.
-    steps: (u64, u64),
+    works: Vec<Work>,
+}
+
+impl Recorder<'_> {
+    /// Shows cells that have come to their turn: those with nothing left, once all before them have begun, and those with a
+    /// sample in a slot.
+    fn begin(&mut self) {
+        for (work, admitted) in self.works.iter_mut().zip(self.admitted) {
+            if work.started.is_some() {
+                continue;
+            }
+            let finished = work.start.done == work.start.total;
+            if !finished && admitted.get() == 0 {
+                break;
+            }
+            work.started = Some(Instant::now());
+            self.display.start(&work.start);
+            if finished {
+                self.display.finish(&work.progress);
+            }
+        }
+    }
 }
 
 impl Sink for Recorder<'_> {
@@ -319,43 +449,50 @@ impl Sink for Recorder<'_> {
         _: &EnsembleInfo,
         memory: MemoryStats,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.begin();
+        let work = &mut self.works[outcome.config as usize];
         let item = self
             .items
             .get(outcome.key.item_id.as_str())
             .ok_or_else(|| format!("no item {}", outcome.key.item_id))?;
         let context = RowContext {
-            experiment: self.experiment,
-            config_hash: self.config_hash,
+            experiment: &work.experiment,
+            config_hash: &work.config_hash,
             bench: self.bench,
             batch_size: self.rows,
             memory,
-            drift: self.drifts.get(&outcome.key).copied(),
+            drift: work.drifts.get(&outcome.key).copied(),
         };
         // A program is judged here and now: the batch waits for it.
         let row = RawRow::new(&context, &outcome, item, self.judge)?;
         // The trace goes first: a sample counts as done once its row is there.
         if let Some(trace) = outcome.trace {
-            self.traces.append(&TraceLine {
-                experiment: self.experiment.id.clone(),
+            work.traces.append(&TraceLine {
+                experiment: work.experiment.id.clone(),
                 key: outcome.key,
                 trace,
             })?;
         }
-        self.writer.append(&row)?;
-        self.steps.0 += u64::from(row.latent_steps);
-        self.steps.1 += u64::from(row.total_steps);
-        let progress = &mut self.progress;
+        work.writer.append(&row)?;
+        work.steps.0 += u64::from(row.latent_steps);
+        work.steps.1 += u64::from(row.total_steps);
+        let progress = &mut work.progress;
         progress.done += 1;
         progress.session += 1;
         progress.correct += u64::from(row.correct);
         progress.failures += u64::from(row.failure.is_some());
-        progress.coverage = if self.steps.1 == 0 {
+        progress.coverage = if work.steps.1 == 0 {
             0.0
         } else {
-            self.steps.0 as f64 / self.steps.1 as f64
+            work.steps.0 as f64 / work.steps.1 as f64
         };
-        progress.rate = progress.session as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
+        let elapsed = work.started.map_or(0.0, |at| at.elapsed().as_secs_f64());
+        progress.rate = progress.session as f64 / elapsed.max(1e-9);
         progress.eta_s = Some((progress.total - progress.done) as f64 / progress.rate);
+        if progress.done == progress.total {
+            progress.active = 0;
+            self.display.finish(progress);
+        }
         Ok(())
     }
 
@@ -365,9 +502,15 @@ impl Sink for Recorder<'_> {
             .is_some_and(|item| read(item, text).answer.is_some())
     }
 
-    fn progress(&mut self, progress: &Progress) {
-        self.progress.active = progress.active;
-        self.display.update(&self.progress);
+    fn progress(&mut self, _: &Progress) {
+        self.begin();
+        for (work, admitted) in self.works.iter_mut().zip(self.admitted) {
+            let active = admitted.get() - work.progress.session;
+            if active > 0 {
+                work.progress.active = active as u32;
+                self.display.update(&work.progress);
+            }
+        }
     }
 
     fn poll(&mut self) -> ControlFlow<()> {

@@ -271,7 +271,11 @@ impl PySession {
         if let Some(object) = consensus {
             hooks.consensus = Some(Box::new(PyConsensus::new(object)?));
         }
-        let options = RunOptions { max_failures, rows };
+        let options = RunOptions {
+            max_failures,
+            rows,
+            ..RunOptions::default()
+        };
         let session = py
             .detach(|| Session::new(&mut backend, &[config], &options, hooks))
             .map_err(|e| run_error(py, e))?;

@@ -25,8 +25,8 @@ pub use ids::{AgentId, LaneId, ModelId, SlotId};
 pub use link::{Link, LinkError, LinkMessage, LinkSpec, Support, Uplink, Wire, WireEncoding};
 pub use mock::MockBackend;
 pub use orchestrator::{
-    Hooks, Progress, RuleSource, RunError, RunOptions, RunStats, Session, Sink, StepEvent,
-    check_config, check_vocabularies, run, run_all, run_with,
+    Hooks, Progress, RuleSource, RunError, RunOptions, RunStats, Session, Share, Sink, StepEvent,
+    check_config, check_vocabularies, run, run_all, run_shared, run_with,
 };
 pub use outcome::{
     Divergences, Follow, HandoffRecord, Job, JobKey, Outcome, Rival, Spread, Stop, Trace,

@@ -185,6 +185,8 @@ pub fn entropy_bin(h: f64) -> usize {
 pub struct Outcome {
     /// Its identity.
     pub key: JobKey,
+    /// Which of the session's configurations it ran.
+    pub config: u32,
     /// How it ended.
     pub stop: Stop,
     /// Detail of a failure, one line.

@@ -57,6 +57,35 @@ impl NextFeed {
             Self::Packet(_) | Self::Embed(..) | Self::Hidden(_) => 1,
         }
     }
+
+    /// Positions of the longest feed among `agents` moving agents.
+    pub(crate) fn longest(&self, agents: usize) -> u32 {
+        (0..agents).map(|at| self.positions(at)).max().unwrap_or(0)
+    }
+}
+
+/// Most positions of a prompt that are forwarded at once. A constant, because where a prompt is cut shows in its last bits.
+pub(crate) const CHUNK: usize = 512;
+
+/// Prompts of the moving agents as feeds of at most [`CHUNK`] positions each, all of which end together: agents with shorter
+/// prompts have no tokens in the first ones.
+pub(crate) fn chunks(prompts: Vec<Vec<u32>>) -> Vec<NextFeed> {
+    let parts = |ids: &Vec<u32>| ids.len().div_ceil(CHUNK).max(1);
+    let most = prompts.iter().map(parts).max().unwrap_or(1);
+    if most == 1 {
+        return vec![NextFeed::Tokens(prompts)];
+    }
+    // Parts of one length, give or take a token: a last part of one token would be a step like others.
+    let part = |ids: &Vec<u32>, turn: usize| {
+        let own = parts(ids);
+        let Some(at) = (turn + own).checked_sub(most) else {
+            return Vec::new();
+        };
+        ids[at * ids.len() / own..(at + 1) * ids.len() / own].to_vec()
+    };
+    (0..most)
+        .map(|turn| NextFeed::Tokens(prompts.iter().map(|ids| part(ids, turn)).collect()))
+        .collect()
 }
 
 /// A message of a latent or printed step, as its receivers decoded it: what a transcript is made of.
@@ -99,6 +128,8 @@ pub(crate) enum Pairing {
 pub(crate) struct Active {
     pub(crate) job: Job,
     pub(crate) plan: usize,
+    /// Its place in the order of admission; a rival has that of its sample.
+    pub(crate) order: u64,
     pub(crate) controller: Box<dyn Controller>,
     pub(crate) triggers: Option<Triggers>,
     /// What is fed next, and after it; a decision is due when only one is left.
@@ -166,6 +197,7 @@ impl Active {
         Self {
             job,
             plan,
+            order: 0,
             controller,
             triggers,
             queue: VecDeque::new(),
@@ -328,6 +360,7 @@ impl Active {
             handoff_log: self.handoff_log,
             packets: self.packets,
             tokens: self.visit.text,
+            config: self.job.config,
             key: self.job.key,
         }
     }

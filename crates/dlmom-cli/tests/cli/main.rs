@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "test helpers")]
 
+mod batches;
 mod calibrate;
 mod commands;
 mod compare;

@@ -221,6 +221,16 @@ impl Manifest {
         merged
             .invocations
             .extend(current.invocations.iter().cloned());
+        // What earlier invocations measured stays.
+        if let (Some(before), Some(notes)) = (self.notes.as_object(), merged.notes.as_object_mut())
+        {
+            for (name, value) in before {
+                let now = notes.entry(name).or_insert(Value::Null);
+                if now.is_null() {
+                    *now = value.clone();
+                }
+            }
+        }
         for seed in &current.seeds {
             if !merged.seeds.contains(seed) {
                 merged.seeds.push(*seed);

@@ -71,6 +71,7 @@ pub(crate) fn outcome(item: &Item, seed: u64, answer: Option<u64>, latent: u32) 
         hist[entropy_bin(entropies[step % 3])] += 1;
     }
     Outcome {
+        config: 0,
         key: JobKey {
             item_id: item.id.clone(),
             seed,

@@ -4,7 +4,7 @@ use super::{
     AgentFacts, Backend, Job, LaneId, LaneSpec, Pairing, RunError, Session, Sink, SlotId, Stop,
 };
 use crate::outcome::{Follow, Rival};
-use crate::sample::{Active, NextFeed, Visit};
+use crate::sample::{Active, Visit, chunks};
 
 /// A sample that could not be started, with how it ends and why.
 type NotStarted = (Box<Active>, Stop, String);
@@ -75,7 +75,8 @@ impl Session {
         job: Job,
         sink: &mut dyn Sink,
     ) -> Result<(), RunError> {
-        let active = self.new_active(job)?;
+        let mut active = self.new_active(job)?;
+        active.order = self.next_order();
         match self.start(backend, slot, active) {
             Ok(active) => {
                 self.slots[slot.index()] = Some(active);
@@ -103,6 +104,8 @@ impl Session {
         };
         let mut leader = self.new_active(job)?;
         let mut follower = self.new_active(twin)?;
+        leader.order = self.next_order();
+        follower.order = leader.order;
         leader.pairing = Some(Pairing::Leader(Some(second)));
         follower.pairing = Some(Pairing::Rival(slot, rival.follow));
         let mut leader = match self.start(backend, slot, leader) {
@@ -129,6 +132,11 @@ impl Session {
         }
         self.slots[slot.index()] = Some(leader);
         Ok(())
+    }
+
+    fn next_order(&mut self) -> u64 {
+        self.admitted += 1;
+        self.admitted
     }
 
     fn new_active(&self, job: Job) -> Result<Active, RunError> {
@@ -177,7 +185,7 @@ impl Session {
             active.limits[place] = lane.max_len;
             active.prompt_tokens[place] += ids.len() as u32;
         }
-        active.queue.push_back(NextFeed::Tokens(prompts));
+        active.queue.extend(chunks(prompts));
         match backend.open(&lanes) {
             Ok(()) => Ok(active),
             Err(error) => Err((Box::new(active), Stop::Backend, error.to_string())),

@@ -18,10 +18,49 @@ type Vector = (SlotId, Meta, Vec<f32>);
 impl Session {
     /// The slots that take part in the next call. A sample that is compared step by step waits for the other.
     pub(super) fn moving(&self) -> Vec<SlotId> {
-        self.occupied()
+        let mut moving: Vec<SlotId> = self
+            .occupied()
             .into_iter()
             .filter(|&slot| self.active(slot).is_some_and(|active| self.moves(active)))
-            .collect()
+            .collect();
+        if let Some(last) = self.last_prefill(&moving) {
+            moving.retain(|&slot| {
+                self.active(slot)
+                    .is_none_or(|active| active.order <= last || self.span(active) <= 1)
+            });
+        }
+        moving
+    }
+
+    /// Positions of a sample's next feed.
+    fn span(&self, active: &Active) -> u32 {
+        let agents = self.movers(active).len();
+        active.queue.front().map_or(0, |feed| feed.longest(agents))
+    }
+
+    /// The last sample, in the order of admission, whose prompt is forwarded in the next call; none where all are.
+    fn last_prefill(&self, moving: &[SlotId]) -> Option<u64> {
+        let mut spans: Vec<(u64, u32)> = moving
+            .iter()
+            .filter_map(|&slot| self.active(slot))
+            .map(|active| (active.order, self.span(active)))
+            .filter(|&(_, span)| span > 1)
+            .collect();
+        // Where nobody waits for a step, there is nobody to keep waiting.
+        if spans.len() == moving.len() {
+            return None;
+        }
+        spans.sort_unstable();
+        let mut total = 0_u32;
+        let mut last = None;
+        for (order, span) in spans {
+            total = total.saturating_add(span);
+            match last {
+                Some(last) if total > self.prefill && order != last => return Some(last),
+                _ => last = Some(order),
+            }
+        }
+        None
     }
 
     fn moves(&self, active: &Active) -> bool {
@@ -59,21 +98,26 @@ impl Session {
             .iter()
             .filter_map(|&slot| Some((self.active(slot)?, slot)))
             .collect();
-        let agents: Vec<AgentId> = self.facts.iter().map(|f| f.agent).collect();
         let feeds: Vec<Vec<(AgentId, Feed<'_>)>> = actives
             .iter()
             .map(|(active, _)| self.feeds(active))
             .collect::<Result<_, _>>()?;
+        // In the first parts of long prompts agents with shorter ones have nothing to read yet.
+        let fed: Vec<Vec<AgentId>> = feeds
+            .iter()
+            .map(|feeds| feeds.iter().map(|&(agent, _)| agent).collect())
+            .collect();
         let hook = self.consensus.as_deref();
         let rows: Vec<Row<'_>> = actives
             .iter()
             .zip(&feeds)
-            .map(|(&(active, slot), feeds)| {
+            .zip(&fed)
+            .map(|((&(active, slot), feeds), fed)| {
                 let plan = &self.plans[active.plan];
                 Row {
                     slot,
                     feeds,
-                    merge: &agents[self.movers(active)],
+                    merge: fed,
                     consensus: plan.consensus(hook),
                     want: self.want(active, self.compared_with(active, slots)),
                 }
@@ -194,6 +238,7 @@ impl Session {
         Ok(match active.queue.front() {
             Some(NextFeed::Tokens(tokens)) => movers()
                 .zip(tokens)
+                .filter(|(_, ids)| !ids.is_empty())
                 .map(|(agent, ids)| (agent, Feed::Tokens(ids)))
                 .collect(),
             Some(NextFeed::Packet(packet)) => all(Feed::Packets(std::slice::from_ref(packet))),
@@ -410,7 +455,10 @@ impl Session {
             for place in self.movers(&active) {
                 let length = active.lengths[place];
                 let last = active.compressed_at[place];
-                if length > 0 && (last == 0 || length.saturating_sub(last) >= every.max(1)) {
+                // The rest of a prompt comes first.
+                let whole = self.span(&active) <= 1;
+                if whole && length > 0 && (last == 0 || length.saturating_sub(last) >= every.max(1))
+                {
                     active.compressed_at[place] = length;
                     let agent = self.facts[place].agent;
                     due.push(LaneId { slot, agent });

@@ -109,18 +109,25 @@ impl Session {
         row: &ReadRow,
         sink: &mut dyn Sink,
     ) -> Result<Option<(Stop, Option<String>)>, End> {
-        let movers = self.movers(active);
+        let mut read = Vec::new();
         if let Some(fed) = active.queue.front() {
-            for (at, place) in movers.clone().enumerate() {
+            for (at, place) in self.movers(active).enumerate() {
                 let positions = fed.positions(at);
                 active.lengths[place] += positions;
                 active.forwarded[place] += positions;
+                if positions > 0 {
+                    read.push(place);
+                }
             }
         }
         let due = active.is_due();
         active.queue.pop_front();
         if let Some(bad) = row.read.finite.iter().position(|finite| !finite) {
-            let place = (movers.start + bad).min(movers.end - 1);
+            let place = read
+                .get(bad)
+                .or(read.last())
+                .copied()
+                .unwrap_or(active.current);
             let name = &self.info.models[self.facts[place].model.index()].name;
             return Err(End::Sample(
                 Stop::NanInf,

@@ -9,7 +9,7 @@ use crate::backend::{Message, PromptSource};
 use crate::config::LoopConfig;
 use crate::controls::{HandoffControl, shuffled};
 use crate::outcome::Follow;
-use crate::sample::{Active, NextFeed, Pairing, Visit};
+use crate::sample::{Active, Pairing, Visit, chunks};
 use crate::topology::{Handoff, Sequential, Trigger};
 
 /// Whether the agent at a place hands over to the next when it is done, `used` handoffs behind it.
@@ -229,7 +229,7 @@ impl Session {
         active.limits[to] = lane.max_len;
         active.compressed_at[to] = 0;
         active.prompt_tokens[to] += length;
-        active.queue.push_back(NextFeed::Tokens(vec![prompt]));
+        active.queue.extend(chunks(vec![prompt]));
         Ok(())
     }
 

@@ -131,6 +131,9 @@ pub struct RunOptions {
     pub max_failures: u32,
     /// Most samples in slots at once; `None` fills every slot of the backend.
     pub rows: Option<u32>,
+    /// Positions of prompts and transcripts forwarded in one call while other samples wait for their next step; at least one
+    /// sample's are. Those admitted first come first.
+    pub prefill: u32,
 }
 
 impl Default for RunOptions {
@@ -138,6 +141,7 @@ impl Default for RunOptions {
         Self {
             max_failures: 3,
             rows: None,
+            prefill: 2048,
         }
     }
 }
@@ -155,6 +159,17 @@ pub struct Progress {
     pub rows: u64,
 }
 
+/// What the samples of one configuration took of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Share {
+    /// Samples finished.
+    pub samples: u64,
+    /// Rows advanced, summed over calls; rows of comparisons count with their own configuration.
+    pub rows: u64,
+    /// Seconds: every step's time, divided evenly among its rows.
+    pub wall_s: f64,
+}
+
 /// What a finished run did.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RunStats {
@@ -164,6 +179,8 @@ pub struct RunStats {
     pub steps: u64,
     /// Rows advanced, summed over calls; `rows / (steps * slots)` is the occupancy.
     pub rows: u64,
+    /// Calls and rows up to the last admission, when there were samples for every slot.
+    pub full: (u64, u64),
     /// Seconds inside the backend.
     pub backend_s: f64,
     /// Seconds in all.
@@ -350,6 +367,21 @@ pub fn run_all(
     jobs: &mut dyn Iterator<Item = Job>,
     sink: &mut dyn Sink,
 ) -> Result<RunStats, RunError> {
+    run_shared(backend, configs, options, hooks, jobs, sink).map(|(stats, _)| stats)
+}
+
+/// [`run_all`], with what the samples of every configuration took of it.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_shared(
+    backend: &mut dyn Backend,
+    configs: &[LoopConfig],
+    options: &RunOptions,
+    hooks: Hooks,
+    jobs: &mut dyn Iterator<Item = Job>,
+    sink: &mut dyn Sink,
+) -> Result<(RunStats, Vec<Share>), RunError> {
     let mut session = Session::new(backend, configs, options, hooks)?;
     let result = loop {
         match session.turn(backend, jobs, sink) {
@@ -359,7 +391,7 @@ pub fn run_all(
         }
     };
     session.close(backend);
-    result.map(|()| session.stats())
+    result.map(|()| (session.stats(), session.shares))
 }
 
 /// A run between its first step and its last, for callers that want the steps one at a time.
@@ -375,6 +407,11 @@ pub struct Session {
     /// A job that waits for more free slots than there are.
     waiting: Option<Job>,
     stats: RunStats,
+    /// By configuration.
+    shares: Vec<Share>,
+    /// Samples admitted so far.
+    admitted: u64,
+    prefill: u32,
     failures: u32,
     max_failures: u32,
     rule: Option<Box<RuleSource>>,
@@ -416,6 +453,9 @@ impl Session {
                 .clamp(1, info.slots.max(1)))
                 .map(|_| None)
                 .collect(),
+            shares: vec![Share::default(); plans.len()],
+            admitted: 0,
+            prefill: options.prefill,
             every_id: (0..facts.iter().map(|f| f.vocab).max().unwrap_or(0)).collect(),
             info,
             facts,
@@ -465,8 +505,12 @@ impl Session {
         if sink.poll().is_break() {
             return Err(RunError::Interrupted(None));
         }
+        let began = Instant::now();
         if !self.exhausted {
             self.exhausted = self.admit(backend, jobs, sink)?;
+            if self.exhausted {
+                self.stats.full = (self.stats.steps, self.stats.rows);
+            }
         }
         let moving = self.moving();
         if moving.is_empty() {
@@ -481,12 +525,21 @@ impl Session {
                 rows: self.stats.rows,
             });
         }
+        let plans: Vec<usize> = moving
+            .iter()
+            .filter_map(|&slot| self.active(slot).map(|active| active.plan))
+            .collect();
         match self.advance(backend, &moving) {
             Ok(()) => {
                 self.failures = 0;
                 self.settle_all(backend, sink)?;
             }
             Err(error) => self.isolate(backend, &moving, error, sink)?,
+        }
+        let part = began.elapsed().as_secs_f64() / plans.len() as f64;
+        for plan in plans {
+            self.shares[plan].rows += 1;
+            self.shares[plan].wall_s += part;
         }
         Ok(true)
     }
@@ -539,6 +592,7 @@ impl Session {
             return Ok(());
         }
         self.stats.samples += 1;
+        self.shares[active.plan].samples += 1;
         let experts = self.movers(&active).len();
         let model = self.info.models[self.facts[active.current].model.index()].clone();
         let outcome = active.outcome(stop, error, &model, experts);

@@ -353,6 +353,10 @@ pub(crate) struct Recorder {
     pub(crate) forwarded: BTreeMap<LaneId, u32>,
     /// Slots of every call.
     pub(crate) calls: Vec<Vec<SlotId>>,
+    /// Positions fed in every call, by lane.
+    pub(crate) fed: Vec<Vec<(LaneId, usize)>>,
+    /// Lanes that were compressed, and what they held.
+    pub(crate) compressed: Vec<(LaneId, usize)>,
     /// A slot whose lanes cannot be opened, and how many calls that open some succeed before.
     pub(crate) shut: Option<(SlotId, usize)>,
     /// A slot with which calls fail, and how many calls succeed before.
@@ -371,6 +375,8 @@ impl Recorder {
             hidden: Vec::new(),
             forwarded: BTreeMap::new(),
             calls: Vec::new(),
+            fed: Vec::new(),
+            compressed: Vec::new(),
             shut: None,
             bad: None,
         }
@@ -472,6 +478,7 @@ impl Backend for Recorder {
         }
         self.inner.advance(rows, out)?;
         self.calls.push(rows.iter().map(|row| row.slot).collect());
+        self.fed.push(Vec::new());
         for row in rows {
             for (agent, feed) in row.feeds {
                 let lane = LaneId {
@@ -479,6 +486,9 @@ impl Backend for Recorder {
                     agent: *agent,
                 };
                 *self.forwarded.entry(lane).or_default() += feed.positions() as u32;
+                if let Some(call) = self.fed.last_mut() {
+                    call.push((lane, feed.positions()));
+                }
                 self.lanes.entry(lane).or_default().extend(positions(feed));
             }
         }
@@ -516,6 +526,10 @@ impl Backend for Recorder {
     }
 
     fn compress(&mut self, lanes: &[LaneId]) -> Result<(), BackendError> {
+        for lane in lanes {
+            let held = self.lanes.get(lane).map_or(0, Vec::len);
+            self.compressed.push((*lane, held));
+        }
         self.inner.compress(lanes)
     }
 
