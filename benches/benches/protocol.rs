@@ -1,4 +1,4 @@
-//! Protocol overhead: packet codec, top-k, consensus readout, controller, one mock round.
+//! Protocol overhead: packet codec, top-k, consensus readout, controller, one mock round, rows.
 //!
 //! Synthetic inputs only. Times are per operation; rounds report rows a second.
 
@@ -12,7 +12,10 @@ use dlmom_core::{
     AlphaUnit, Center, ConsensusSpec, ControllerSpec, Elect, Gate, GateController, Method,
     NoiseSpec, Request, RowReadout, Scratch, Start, Stream, Tie, noise, read_row, top_k,
 };
+use dlmom_eval::{Item, NoJudge, Task};
 use dlmom_packet::{Encoding, Meta, decode_exact, encode_into, encoded_len};
+use dlmom_runs::row::RowContext;
+use dlmom_runs::{Overrides, RawRow, RawWriter, Registry, Setting};
 use dlmom_runtime::{
     EnsembleInfo, Job, JobKey, LoopConfig, MemoryStats, Outcome, PromptSource, RunOptions, Sink,
     run,
@@ -211,6 +214,84 @@ fn round(c: &mut Criterion) {
     group.finish();
 }
 
+/// A row as `run` appends it, and its line.
+fn rows(c: &mut Criterion) {
+    let config = LoopConfig {
+        max_steps: 64,
+        answer_reserve: 0,
+        ..LoopConfig::default()
+    };
+    let mut backend = cheap_backend(2, 512, 1, 128);
+    let mut sink = Keep(None);
+    let job = Job {
+        key: JobKey {
+            item_id: "q0".into(),
+            seed: 0,
+            sample: 0,
+        },
+        prompts: vec![PromptSource::Tokens { ids: vec![1, 2, 3] }; 2],
+        trace: false,
+        config: 0,
+        schedule: None,
+        rival: None,
+    };
+    let options = RunOptions::default();
+    let mut jobs = std::iter::once(job);
+    run(&mut backend, &config, &options, &mut jobs, &mut sink).unwrap();
+    let outcome = sink.0.unwrap();
+    let item = Item {
+        id: "q0".into(),
+        question: "1 + 1?".into(),
+        gold: "2".into(),
+        solution: None,
+        task: Task::Number,
+    };
+    let plan = Registry::builtin()
+        .unwrap()
+        .expand(
+            &["A1".to_owned()],
+            &[],
+            &Setting::lockstep(2, false),
+            &Overrides::default(),
+        )
+        .unwrap();
+    let context = RowContext {
+        experiment: &plan.cells[0].experiment,
+        config_hash: "0123456789abcdef",
+        bench: "tinygsm",
+        batch_size: 32,
+        memory: MemoryStats::default(),
+        drift: None,
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.jsonl");
+    let mut group = c.benchmark_group("row");
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("make", |b| {
+        b.iter(|| RawRow::new(&context, black_box(&outcome), &item, &mut NoJudge).unwrap());
+    });
+    let row = RawRow::new(&context, &outcome, &item, &mut NoJudge).unwrap();
+    let (mut writer, _) = RawWriter::open(&path, "0123456789abcdef").unwrap();
+    group.bench_function("append and flush", |b| {
+        b.iter(|| writer.append(black_box(&row)).unwrap());
+    });
+    group.finish();
+}
+
+struct Keep(Option<Outcome>);
+
+impl Sink for Keep {
+    fn finished(
+        &mut self,
+        outcome: Outcome,
+        _: &EnsembleInfo,
+        _: MemoryStats,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.0 = Some(outcome);
+        Ok(())
+    }
+}
+
 criterion_group!(
     benches,
     codec,
@@ -218,6 +299,7 @@ criterion_group!(
     consensus,
     controller,
     perturbation,
-    round
+    round,
+    rows
 );
 criterion_main!(benches);

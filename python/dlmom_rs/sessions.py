@@ -134,6 +134,12 @@ class Running:
             raise RuntimeError("the session is closed")
         return self._session.turn(events)
 
+    def stats(self) -> dict[str, float]:
+        """What has been done so far; see ``_core.Session.stats``."""
+        if self._session is None:
+            raise RuntimeError("the session is closed")
+        return self._session.stats()
+
     def close(self) -> None:
         """Free the lanes and let others use the ensemble. Harmless when called twice."""
         if not self._open:

@@ -3,7 +3,7 @@
 pub mod consensus;
 pub mod controller;
 pub mod entropy;
-mod exp;
+pub mod exp;
 pub mod noise;
 pub mod philox;
 pub mod ranks;

@@ -19,6 +19,7 @@ use dlmom_runtime::{
 };
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use serde_json::{Value, json};
 
 use crate::adapters::{PyConsensus, PyRule};
@@ -356,6 +357,25 @@ impl PySession {
                 .collect(),
             outcomes,
         ))
+    }
+
+    /// What has been done so far: samples finished, calls of the engine, rows advanced, both up to the last admission, and
+    /// seconds in the engine and in all. RuntimeError while a turn is under way.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let inner = self
+            .inner
+            .try_lock()
+            .map_err(|_| PyRuntimeError::new_err("a turn is under way"))?;
+        let stats = inner.session.stats();
+        let dict = PyDict::new(py);
+        dict.set_item("samples", stats.samples)?;
+        dict.set_item("steps", stats.steps)?;
+        dict.set_item("rows", stats.rows)?;
+        dict.set_item("full_steps", stats.full.0)?;
+        dict.set_item("full_rows", stats.full.1)?;
+        dict.set_item("backend_s", stats.backend_s)?;
+        dict.set_item("wall_s", stats.wall_s)?;
+        Ok(dict)
     }
 
     /// Frees the lanes of samples that have not finished. Harmless when called twice.

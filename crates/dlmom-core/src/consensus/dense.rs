@@ -2,7 +2,7 @@
 
 use super::Views;
 use crate::entropy::{at_least_zero, stats};
-use crate::exp::exp_nonpositive;
+use crate::exp::log_sum_exp;
 
 /// Coordinates merged at a time, so that the votes stay in registers and the nearest cache.
 const BLOCK: usize = 256;
@@ -89,26 +89,23 @@ pub(super) fn offsets(views: &Views<'_>) -> Vec<f64> {
 }
 
 /// Logarithm of the weighted mean of the probabilities.
-///
-/// The sum of exponentials is taken relative to its largest term, so no token's is lost.
 pub(super) fn arith(views: &Views<'_>, weights: &[f64], out: &mut [f32]) {
     let offsets = offsets(views);
-    let sum: f64 = weights.iter().sum();
-    let shares: Vec<f64> = weights.iter().map(|w| w / sum).collect();
+    let log_shares = log_shares(weights);
     let mut terms = vec![0.0_f64; weights.len()];
     for (j, merged) in out.iter_mut().enumerate() {
-        let mut largest = f64::NEG_INFINITY;
         for (e, term) in terms.iter_mut().enumerate() {
-            *term = if shares[e] > 0.0 {
-                libm::log(shares[e]) + log_p(views.centred[e][j], &views.stats[e], offsets[e])
-            } else {
-                f64::NEG_INFINITY
-            };
-            largest = largest.max(*term);
+            *term = log_shares[e] + log_p(views.centred[e][j], &views.stats[e], offsets[e]);
         }
-        let sum: f64 = terms.iter().map(|&t| exp_nonpositive(t - largest)).sum();
-        *merged = (largest + libm::log(sum)) as f32;
+        *merged = log_sum_exp(&terms) as f32;
     }
+}
+
+/// Logarithms of the experts' shares; `-inf` for one that weighs nothing.
+#[must_use]
+pub fn log_shares(weights: &[f64]) -> Vec<f64> {
+    let sum: f64 = weights.iter().sum();
+    weights.iter().map(|w| libm::log(w / sum)).collect()
 }
 
 /// `H(mean_e p_e) - mean_e H(p_e)` in nats, experts weighing the same.

@@ -8,6 +8,8 @@ mod spectral;
 mod union;
 mod weights;
 
+pub use dense::log_shares;
+
 use crate::entropy::Stats;
 use crate::exp::exp_nonpositive;
 use crate::spec::{
@@ -47,11 +49,18 @@ pub trait Consensus: Send + Sync {
     fn take_failure(&self) -> Option<Box<dyn std::error::Error + Send + Sync>> {
         None
     }
+
+    /// The specification that [`Consensus::merge`] follows to the letter, if there is one, so that a
+    /// fused kernel may take its place.
+    fn spec(&self) -> Option<&ConsensusSpec> {
+        None
+    }
 }
 
 impl ConsensusSpec {
     /// Whether `ties` is the paper's, up to `theta` and `eps`, so that whole rows can be merged at once.
-    fn is_plain_ties(&self) -> bool {
+    #[must_use]
+    pub fn is_plain_ties(&self) -> bool {
         self.center == Center::Mean
             && self.trim == Trim::Abs
             && self.elect == Elect::Count
@@ -151,6 +160,10 @@ impl Consensus for ConsensusSpec {
             Method::Best => "best",
             Method::Mixture => "mixture",
         }
+    }
+
+    fn spec(&self) -> Option<&ConsensusSpec> {
+        Some(self)
     }
 
     fn merge(&self, views: &Views<'_>, out: &mut [f32]) -> bool {
