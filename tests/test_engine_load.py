@@ -93,7 +93,8 @@ def test_half_precision(shipped: Path, dtype: str) -> None:
     assert engine.info()["models"][0]["path"] == "row_slot"
     engine.open([(0, 0, 20)])
     logits = prefill(engine, 0, printed([1, 2]))
-    assert logits.dtype == torch.float32
+    # The kernel reads halves as they are.
+    assert logits.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert bool(torch.isfinite(logits).all())
 
 

@@ -91,11 +91,12 @@ fn round() {
     black_box(sink.0);
 }
 
-fn main() {
+fn main() -> Result<(), String> {
     match std::env::args().nth(1).as_deref() {
         Some("packet") => codec(),
         Some("controller") => controller(),
         Some("round") => round(),
-        other => panic!("{other:?}: packet, controller or round"),
+        other => return Err(format!("{other:?}: packet, controller or round")),
     }
+    Ok(())
 }

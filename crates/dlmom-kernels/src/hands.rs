@@ -7,7 +7,7 @@ use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 use crate::tier::Available;
 
 /// The caller's thread and its helpers.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Helpers(Option<ThreadPool>);
 
 impl Helpers {

@@ -30,6 +30,19 @@ pub struct Kernel {
     helpers: Helpers,
 }
 
+impl Default for Kernel {
+    /// The caller's thread alone, on the fastest instruction set there is.
+    fn default() -> Self {
+        Self {
+            tier: Available::best(),
+            helpers: Helpers::default(),
+        }
+    }
+}
+
+/// Logits of a batch from which on helpers are worth waking.
+const WORTH: usize = 1 << 17;
+
 /// One row of a batch.
 pub struct Row<'a> {
     /// The experts' logits, each `[V]`.
@@ -118,7 +131,12 @@ impl Kernel {
         scratch: &mut Vec<Scratch>,
         out: &mut Vec<RowReadout>,
     ) {
-        let hands = self.hands();
+        let logits = |row: &Row<'_>| row.experts.iter().map(Logits::len).sum::<usize>();
+        let hands = if rows.iter().map(logits).sum::<usize>() < WORTH {
+            Hands::alone(self.tier)
+        } else {
+            self.hands()
+        };
         let threads = hands.count();
         scratch.resize_with(threads.max(scratch.len()), Scratch::default);
         out.resize_with(rows.len(), RowReadout::default);

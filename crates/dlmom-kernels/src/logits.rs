@@ -50,7 +50,8 @@ impl<'a> Logits<'a> {
     }
 
     /// All logits as float32, in `out` if they have to be converted.
-    pub(crate) fn widened<'b>(&self, vocab: usize, out: &'b mut Vec<f32>) -> &'b [f32]
+    #[must_use]
+    pub fn widened<'b>(&self, vocab: usize, out: &'b mut Vec<f32>) -> &'b [f32]
     where
         'a: 'b,
     {

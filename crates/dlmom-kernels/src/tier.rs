@@ -74,6 +74,10 @@ impl Available {
         tier.is_available().then_some(Self(tier))
     }
 
+    pub(crate) fn best() -> Self {
+        Self(Tier::best())
+    }
+
     pub(crate) fn tier(self) -> Tier {
         self.0
     }

@@ -3,11 +3,12 @@
 use dlmom_packet::BeliefPacket;
 use dlmom_runtime::{
     AgentId, Align, Assembler, Backend, BackendError, Embeddings, EnsembleInfo, Feed, LaneId,
-    LaneSpec, MemoryStats, ModelId, ModelInfo, Payload, PromptSource, Readout, Row, SlotId,
+    LaneSpec, Logits, MemoryStats, ModelId, ModelInfo, Payload, PromptSource, Readout, Row, SlotId,
     check_rows,
 };
+use half::{bf16, f16};
 use pyo3::exceptions::{
-    PyKeyboardInterrupt, PyMemoryError, PySystemExit, PyTypeError, PyValueError,
+    PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PySystemExit, PyTypeError, PyValueError,
 };
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyTuple};
@@ -20,12 +21,43 @@ pub struct PyBackend {
 }
 
 /// Logits of one forward, borrowed from a live tensor.
-struct Borrowed {
+pub struct Borrowed {
     /// Keeps the memory alive for as long as `data` is read.
     _tensor: Py<PyAny>,
-    data: *const f32,
+    data: Data,
     rows: usize,
     vocab: usize,
+    /// Elements from one row to the next.
+    stride: usize,
+}
+
+/// Where the first logit is, and what it is.
+#[derive(Clone, Copy)]
+enum Data {
+    F32(*const f32),
+    Bf16(*const bf16),
+    F16(*const f16),
+}
+
+impl Data {
+    /// Logits of a type, by its name in torch.
+    fn new(dtype: &str, address: usize) -> Option<Self> {
+        match dtype {
+            "torch.float32" => Some(Self::F32(address as *const f32)),
+            "torch.bfloat16" => Some(Self::Bf16(address as *const bf16)),
+            "torch.float16" => Some(Self::F16(address as *const f16)),
+            _ => None,
+        }
+    }
+
+    /// Whether values can be read there.
+    fn is_readable(self) -> bool {
+        match self {
+            Self::F32(data) => !data.is_null() && data.is_aligned(),
+            Self::Bf16(data) => !data.is_null() && data.is_aligned(),
+            Self::F16(data) => !data.is_null() && data.is_aligned(),
+        }
+    }
 }
 
 // SAFETY: `data` points into the tensor that `_tensor` keeps alive; the engine hands its logits
@@ -35,41 +67,59 @@ unsafe impl Sync for Borrowed {}
 unsafe impl Send for Borrowed {}
 
 impl Borrowed {
-    /// Borrows a C-contiguous float32 CPU tensor of shape `[rows, vocab]`.
-    fn new(tensor: &Bound<'_, PyAny>, rows: usize, vocab: usize) -> PyResult<Self> {
-        let py = tensor.py();
-        let torch = py.import("torch")?;
+    /// Borrows a CPU tensor of shape `[rows, vocab]`: float32, bfloat16 or float16, rows contiguous, one behind the
+    /// other or further apart.
+    pub fn new(tensor: &Bound<'_, PyAny>, rows: usize, vocab: usize) -> PyResult<Self> {
         let shape: Vec<usize> = tensor.getattr("shape")?.extract()?;
-        let float32 = tensor.getattr("dtype")?.is(&torch.getattr("float32")?);
+        let strides: Vec<usize> = tensor.call_method0("stride")?.extract()?;
+        let dtype = tensor.getattr("dtype")?.to_string();
         let device: String = tensor.getattr("device")?.getattr("type")?.extract()?;
-        let contiguous: bool = tensor.call_method0("is_contiguous")?.extract()?;
-        if shape != [rows, vocab] || !float32 || device != "cpu" || !contiguous {
-            return Err(PyTypeError::new_err(format!(
-                "logits must be a contiguous float32 CPU tensor of shape [{rows}, {vocab}], got {} {shape:?} on {device}{}",
-                tensor.getattr("dtype")?,
-                if contiguous { "" } else { ", not contiguous" },
-            )));
-        }
         let address: usize = tensor.call_method0("data_ptr")?.extract()?;
-        let data = address as *const f32;
-        if rows * vocab > 0 && (data.is_null() || !data.is_aligned()) {
-            return Err(PyTypeError::new_err("logits are not aligned to 4 bytes"));
+        // The stride of a dimension of one element means nothing.
+        let fits = shape == [rows, vocab]
+            && (vocab <= 1 || strides[1] == 1)
+            && (rows <= 1 || strides[0] >= vocab);
+        let (Some(data), true, "cpu") = (Data::new(&dtype, address), fits, device.as_str()) else {
+            return Err(PyTypeError::new_err(format!(
+                "logits must be a CPU tensor of shape [{rows}, {vocab}], float32, bfloat16 or float16, with contiguous rows; got {dtype} {shape:?} with strides {strides:?} on {device}",
+            )));
+        };
+        if rows * vocab > 0 && !data.is_readable() {
+            return Err(PyTypeError::new_err("logits are not aligned to their type"));
         }
         Ok(Self {
             _tensor: tensor.clone().unbind(),
             data,
             rows,
             vocab,
+            stride: if rows > 1 { strides[0] } else { vocab },
         })
     }
 
-    fn row(&self, index: usize) -> Option<&[f32]> {
+    /// The logits of one row.
+    pub fn row(&self, index: usize) -> Option<Logits<'_>> {
         if index >= self.rows {
             return None;
         }
-        // SAFETY: `new` checked dtype, device, contiguity, alignment and that the tensor holds
-        // `rows * vocab` values from `data` on; `index < rows`.
-        Some(unsafe { std::slice::from_raw_parts(self.data.add(index * self.vocab), self.vocab) })
+        if self.vocab == 0 {
+            return Some(Logits::F32(&[]));
+        }
+        let start = index * self.stride;
+        // SAFETY: `new` checked dtype, device, strides and alignment, and that the tensor holds `rows` rows of `vocab`
+        // values, `stride` apart, from `data` on; `index < rows`.
+        Some(unsafe {
+            match self.data {
+                Data::F32(data) => {
+                    Logits::F32(std::slice::from_raw_parts(data.add(start), self.vocab))
+                }
+                Data::Bf16(data) => {
+                    Logits::Bf16(std::slice::from_raw_parts(data.add(start), self.vocab))
+                }
+                Data::F16(data) => {
+                    Logits::F16(std::slice::from_raw_parts(data.add(start), self.vocab))
+                }
+            }
+        })
     }
 }
 
@@ -259,10 +309,13 @@ fn lane_tuple(lane: LaneId) -> (u32, u32) {
 impl PyBackend {
     /// Wraps a loaded `dlmom_rs.engine.backend.Engine`.
     pub fn new(engine: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let info = read_info(engine)?;
+        let assembler = Assembler::new(info.threads as usize)
+            .map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
         Ok(Self {
-            info: read_info(engine)?,
+            info,
             engine: engine.clone().unbind(),
-            assembler: Assembler::default(),
+            assembler,
         })
     }
 

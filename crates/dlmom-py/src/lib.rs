@@ -4,6 +4,7 @@ mod adapters;
 mod backend;
 mod errors;
 mod host;
+mod kernel;
 mod loops;
 mod table;
 mod values;
@@ -24,6 +25,8 @@ mod _core {
         BackendFailure, Cancelled, ConfigError, DlmomError, PacketError, ProtocolError,
         RunDataError,
     };
+    #[pymodule_export]
+    use crate::kernel::PyKernel;
     #[pymodule_export]
     use crate::loops::{
         CancelToken, PySession, conformance, conformance_of_parts, loop_config, role_prompts,

@@ -360,7 +360,7 @@ impl PySession {
     }
 
     /// What has been done so far: samples finished, calls of the engine, rows advanced, both up to the last admission, and
-    /// seconds in the engine and in all. RuntimeError while a turn is under way.
+    /// seconds in the engine and in all. `RuntimeError` while a turn is under way.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let inner = self
             .inner

@@ -1,28 +1,52 @@
 //! From the logits of every row to the readout: one path for every backend whose logits are host slices.
 
-use dlmom_core::{Consensus, Request, RowReadout, Scratch, Stream, compare_rows, read_row, stats};
+use dlmom_core::{Consensus, Request, RowReadout, Stream, compare_rows};
+use dlmom_kernels::{Kernel, KernelError, Logits, Scratch};
 use dlmom_packet::BeliefPacket;
 
 use crate::backend::{BackendError, EnsembleInfo, Payload, ReadRow, Readout, Row, Versus};
 use crate::ids::{AgentId, SlotId};
 use crate::link::{Link, LinkError, Uplink, Wire, expand};
 
+/// What agents, and then groups, send up, and where merged preferences are kept.
+type Buffers<'a> = (
+    &'a mut Vec<Vec<f32>>,
+    &'a mut Vec<Vec<f32>>,
+    Option<&'a mut Vec<f32>>,
+);
+
 /// Reads rows out of host logits, with its buffers reused from call to call.
 #[derive(Default)]
 pub struct Assembler {
-    scratch: Scratch,
+    kernel: Kernel,
+    /// One per thread.
+    scratch: Vec<Scratch>,
+    own_scratch: Scratch,
+    readouts: Vec<RowReadout>,
     /// Merged preferences of rows that are compared, by their place in the call.
     kept: Vec<(usize, Vec<f32>)>,
     /// What consensus makes of the agents' messages, one row of logits for each.
     received: Vec<Vec<f32>>,
     /// The same for the messages of groups.
     groups: Vec<Vec<f32>>,
+    widened: Vec<f32>,
     own: RowReadout,
     wire: Wire,
 }
 
 impl Assembler {
-    /// Reads out every row. `logits(row, agent)` is the f32 slice `[vocab]` of the agent's last position.
+    /// An assembler that reads large batches on several threads. No result depends on how many.
+    ///
+    /// # Errors
+    /// [`KernelError::Threads`] where they cannot be started.
+    pub fn new(threads: usize) -> Result<Self, KernelError> {
+        Ok(Self {
+            kernel: Kernel::new(threads)?,
+            ..Self::default()
+        })
+    }
+
+    /// Reads out every row. `logits(row, agent)` are the logits `[vocab]` of the agent's last position.
     ///
     /// # Errors
     /// [`BackendError::Invalid`] where a row merges an agent without logits, merges nobody, names
@@ -31,19 +55,34 @@ impl Assembler {
         &mut self,
         info: &EnsembleInfo,
         rows: &[Row<'_>],
-        logits: &dyn Fn(usize, AgentId) -> Option<&'a [f32]>,
+        logits: &dyn Fn(usize, AgentId) -> Option<Logits<'a>>,
         out: &mut Readout,
     ) -> Result<(), BackendError> {
-        self.kept.clear();
         let compared = compared(rows)?;
+        self.kept.clear();
+        self.kept
+            .extend(compared.iter().map(|&index| (index, Vec::new())));
         out.rows.resize_with(rows.len(), ReadRow::default);
+        let mut experts = Vec::with_capacity(rows.len());
         for (index, row) in rows.iter().enumerate() {
-            let experts = experts(index, row, logits)?;
-            self.read(info, row, &experts, &mut out.rows[index])?;
-            if compared.contains(&index) && out.rows[index].read.finite.iter().all(|&f| f) {
-                self.kept.push((index, self.scratch.preferences().to_vec()));
-            }
+            let own = experts_of(index, row, logits)?;
+            check_targets(row, &own)?;
+            experts.push(own);
+            out.rows[index].slot = Some(row.slot);
+            out.rows[index].uplink_bytes = 0;
         }
+        // Operators of a user's own stay on this thread: they may need what only it holds.
+        let (whole, single): (Vec<usize>, Vec<usize>) = (0..rows.len()).partition(|&index| {
+            let row = &rows[index];
+            let known = row.consensus.spec().is_some() || experts[index].len() == 1;
+            known && row.want.uplink.is_none() && row.want.groups.is_none()
+        });
+        self.read_whole(info, rows, &experts, &whole, out);
+        for index in single {
+            self.read(info, rows, index, &experts[index], &mut out.rows[index])?;
+        }
+        self.kept
+            .retain(|(index, _)| out.rows[*index].read.finite.iter().all(|&f| f));
         for (index, row) in rows.iter().enumerate() {
             out.rows[index].versus = row
                 .want
@@ -53,107 +92,116 @@ impl Assembler {
         Ok(())
     }
 
+    /// Rows whose consensus sees the agents' own logits, all at once.
+    fn read_whole(
+        &mut self,
+        info: &EnsembleInfo,
+        rows: &[Row<'_>],
+        experts: &[Vec<Logits<'_>>],
+        whole: &[usize],
+        out: &mut Readout,
+    ) {
+        self.readouts.clear();
+        let mut kept = self.kept.iter_mut().peekable();
+        let mut batch = Vec::with_capacity(whole.len());
+        for &index in whole {
+            let row = &rows[index];
+            while kept.next_if(|(at, _)| *at < index).is_some() {}
+            batch.push(dlmom_kernels::Row {
+                experts: &experts[index],
+                consensus: row.consensus,
+                request: request(info, row),
+                preferences: kept.next_if(|(at, _)| *at == index).map(|(_, row)| row),
+            });
+            self.readouts
+                .push(std::mem::take(&mut out.rows[index].read));
+        }
+        self.kernel
+            .read_rows(&mut batch, &mut self.scratch, &mut self.readouts);
+        for (&index, read) in whole.iter().zip(self.readouts.drain(..)) {
+            out.rows[index].read = read;
+        }
+    }
+
     fn read(
         &mut self,
         info: &EnsembleInfo,
-        row: &Row<'_>,
-        experts: &[&[f32]],
+        rows: &[Row<'_>],
+        index: usize,
+        experts: &[Logits<'_>],
         read: &mut ReadRow,
     ) -> Result<(), BackendError> {
-        let eos = row
-            .merge
-            .first()
-            .and_then(|&agent| info.model_of(agent))
-            .map_or(&[][..], |m| &m.eos[..]);
-        let vocab = experts.first().map_or(0, |e| e.len());
-        if let Some(bad) = row
-            .want
-            .targets
-            .into_iter()
-            .flatten()
-            .find(|&&id| id as usize >= vocab)
-        {
-            return Err(BackendError::Invalid(format!(
-                "target {bad} is beyond the vocabulary of {vocab}"
-            )));
-        }
-        let request = Request {
-            top: row.want.top as usize,
-            per_agent_top: row.want.per_agent_top as usize,
-            targets: row.want.targets,
-            tempered: row.want.tempered,
-            draw: row.want.draw,
-            seen: row.want.seen,
-            stream: row.want.stream,
-            role: eos,
-        };
-        read.slot = Some(row.slot);
-        read.uplink_bytes = 0;
+        let row = &rows[index];
         let mut received = std::mem::take(&mut self.received);
         let mut grouped = std::mem::take(&mut self.groups);
-        let result = self.read_into(row, experts, &request, &mut received, &mut grouped, read);
+        let place = self.kept.iter().position(|(at, _)| *at == index);
+        let mut kept = place.map(|place| std::mem::take(&mut self.kept[place].1));
+        let result = self.read_into(
+            row,
+            experts,
+            &request(info, row),
+            (&mut received, &mut grouped, kept.as_mut()),
+            read,
+        );
         self.received = received;
         self.groups = grouped;
+        if let (Some(place), Some(kept)) = (place, kept) {
+            self.kept[place].1 = kept;
+        }
         result
     }
 
     fn read_into(
         &mut self,
         row: &Row<'_>,
-        experts: &[&[f32]],
+        experts: &[Logits<'_>],
         request: &Request<'_>,
-        received: &mut Vec<Vec<f32>>,
-        grouped: &mut Vec<Vec<f32>>,
+        (received, grouped, kept): Buffers<'_>,
         read: &mut ReadRow,
     ) -> Result<(), BackendError> {
-        let seen: Vec<&[f32]> = match row.want.uplink {
-            None => experts.to_vec(),
-            Some(uplink) => {
-                for (at, logits) in experts.iter().enumerate() {
-                    // One agent's own distribution: consensus has nothing to merge.
-                    read.uplink_bytes +=
-                        self.send_up(&[logits], row.consensus, None, uplink, slot(received, at))?;
-                }
-                received[..experts.len()]
-                    .iter()
-                    .map(Vec::as_slice)
-                    .collect()
+        if let Some(uplink) = row.want.uplink {
+            for (at, &logits) in experts.iter().enumerate() {
+                // One agent's own distribution: consensus has nothing to merge.
+                read.uplink_bytes +=
+                    self.send_up(&[logits], row.consensus, None, uplink, slot(received, at))?;
             }
+        }
+        let seen: Vec<Logits<'_>> = match row.want.uplink {
+            None => experts.to_vec(),
+            Some(_) => received[..experts.len()]
+                .iter()
+                .map(|row| Logits::F32(row))
+                .collect(),
         };
         let Some(groups) = row.want.groups else {
-            read_row(
-                &seen,
-                row.consensus,
-                request,
-                &mut self.scratch,
-                &mut read.read,
-            );
+            self.read_merged(&seen, row.consensus, request, kept, &mut read.read);
             return Ok(());
         };
         // Entropies and flags are the agents', whatever their groups make of them.
-        let (mut entropies, mut finite) = (vec![0.0; seen.len()], vec![false; seen.len()]);
+        let (mut entropies, mut finite) = (Vec::new(), Vec::new());
         let mut agreed = true;
         let mut best = None;
-        for (at, logits) in seen.iter().enumerate() {
-            let found = stats(logits);
-            entropies[at] = found.entropy;
-            finite[at] = found.finite;
-            agreed &= *best.get_or_insert(found.best) == found.best;
+        let most_probable = Request {
+            top: 1,
+            ..Request::default()
+        };
+        for &logits in &seen {
+            let own = &mut self.own;
+            let scratch = &mut self.own_scratch;
+            self.kernel
+                .read_row(&[logits], row.consensus, &most_probable, None, scratch, own);
+            entropies.extend(&own.entropies);
+            finite.extend(&own.finite);
+            agreed &= *best.get_or_insert(own.ids.first().copied()) == own.ids.first().copied();
         }
         if finite.contains(&false) {
             // A failed row says which agent failed, and nothing else.
-            read_row(
-                &seen,
-                row.consensus,
-                request,
-                &mut self.scratch,
-                &mut read.read,
-            );
+            self.read_merged(&seen, row.consensus, request, kept, &mut read.read);
             return Ok(());
         }
         let mut merged = false;
         for (at, members) in groups.members.iter().enumerate() {
-            let views: Vec<&[f32]> = members
+            let views: Vec<Logits<'_>> = members
                 .iter()
                 .filter_map(|&m| seen.get(m as usize).copied())
                 .collect();
@@ -166,17 +214,11 @@ impl Assembler {
             )?;
             merged |= self.own.merged;
         }
-        let meta: Vec<&[f32]> = grouped[..groups.members.len()]
+        let meta: Vec<Logits<'_>> = grouped[..groups.members.len()]
             .iter()
-            .map(Vec::as_slice)
+            .map(|row| Logits::F32(row))
             .collect();
-        read_row(
-            &meta,
-            row.consensus,
-            request,
-            &mut self.scratch,
-            &mut read.read,
-        );
+        self.read_merged(&meta, row.consensus, request, kept, &mut read.read);
         if read.read.finite.iter().all(|&f| f) {
             read.read.entropies = entropies;
             read.read.finite = finite;
@@ -186,28 +228,45 @@ impl Assembler {
         Ok(())
     }
 
+    fn read_merged(
+        &mut self,
+        experts: &[Logits<'_>],
+        consensus: &dyn Consensus,
+        request: &Request<'_>,
+        kept: Option<&mut Vec<f32>>,
+        out: &mut RowReadout,
+    ) {
+        let scratch = &mut self.own_scratch;
+        self.kernel
+            .read_row(experts, consensus, request, kept, scratch, out);
+    }
+
     /// Merges experts and sends the result up in the form of `uplink`; returns the bytes. A row that is
     /// not finite arrives as it is, so that its flag stands.
     fn send_up(
         &mut self,
-        experts: &[&[f32]],
+        experts: &[Logits<'_>],
         consensus: &dyn Consensus,
         stream: Option<Stream>,
         uplink: Uplink,
         received: &mut Vec<f32>,
     ) -> Result<u64, BackendError> {
         let failed = |e: LinkError| BackendError::Invalid(e.to_string());
-        let vocab = experts.first().map_or(0, |e| e.len());
+        let vocab = experts.first().map_or(0, Logits::len);
         let request = Request {
             top: uplink.k.map_or(vocab, |k| k as usize),
             stream,
             ..Request::default()
         };
         let own = &mut self.own;
-        read_row(experts, consensus, &request, &mut self.scratch, own);
+        let scratch = &mut self.own_scratch;
+        self.kernel
+            .read_row(experts, consensus, &request, None, scratch, own);
         received.clear();
         if own.finite.contains(&false) {
-            received.extend_from_slice(experts.first().copied().unwrap_or(&[]));
+            if let Some(first) = experts.first() {
+                received.extend_from_slice(first.widened(vocab, &mut self.widened));
+            }
             return Ok(0);
         }
         if uplink.k.is_some() {
@@ -278,14 +337,46 @@ fn compared(rows: &[Row<'_>]) -> Result<Vec<usize>, BackendError> {
             places.extend([index, reference]);
         }
     }
+    places.sort_unstable();
+    places.dedup();
     Ok(places)
 }
 
-fn experts<'a>(
+/// What a row asks of its readout.
+fn request<'a>(info: &'a EnsembleInfo, row: &Row<'a>) -> Request<'a> {
+    let eos = row
+        .merge
+        .first()
+        .and_then(|&agent| info.model_of(agent))
+        .map_or(&[][..], |m| &m.eos[..]);
+    Request {
+        top: row.want.top as usize,
+        per_agent_top: row.want.per_agent_top as usize,
+        targets: row.want.targets,
+        tempered: row.want.tempered,
+        draw: row.want.draw,
+        seen: row.want.seen,
+        stream: row.want.stream,
+        role: eos,
+    }
+}
+
+fn check_targets(row: &Row<'_>, experts: &[Logits<'_>]) -> Result<(), BackendError> {
+    let vocab = experts.first().map_or(0, Logits::len);
+    let mut targets = row.want.targets.into_iter().flatten();
+    match targets.find(|&&id| id as usize >= vocab) {
+        Some(bad) => Err(BackendError::Invalid(format!(
+            "target {bad} is beyond the vocabulary of {vocab}"
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn experts_of<'a>(
     index: usize,
     row: &Row<'_>,
-    logits: &dyn Fn(usize, AgentId) -> Option<&'a [f32]>,
-) -> Result<Vec<&'a [f32]>, BackendError> {
+    logits: &dyn Fn(usize, AgentId) -> Option<Logits<'a>>,
+) -> Result<Vec<Logits<'a>>, BackendError> {
     if row.merge.is_empty() {
         return Err(BackendError::Invalid(format!(
             "slot {} merges no agent",

@@ -21,6 +21,7 @@ pub use backend::{
 };
 pub use config::{ConfigError, LoopConfig, Signal};
 pub use controls::{Controls, Donor, Donors, HandoffControl, PacketControl};
+pub use dlmom_kernels::{KernelError, Logits, Tier};
 pub use ids::{AgentId, LaneId, ModelId, SlotId};
 pub use link::{Link, LinkError, LinkMessage, LinkSpec, Support, Uplink, Wire, WireEncoding};
 pub use mock::MockBackend;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use dlmom_kernels::Logits;
 use dlmom_packet::BeliefPacket;
 
 use crate::assemble::{Assembler, check_rows};
@@ -331,7 +332,7 @@ impl Backend for MockBackend {
                     slot: rows[row].slot,
                     agent,
                 })
-                .map(Vec::as_slice)
+                .map(|row| Logits::F32(row))
         };
         let result = self.assembler.assemble(&self.info, rows, &find, out);
         if result.is_err() {

@@ -338,9 +338,9 @@ class Engine:
         keep the hidden state of their last position for :meth:`hidden`; the others of this call
         forget theirs.
 
-        Returns per call ``(span_logits [spans, V], step_logits [rows, V] or None)``: float32 on the
-        host, contiguous, the real vocabulary only, in the order given. A lane that produced NaN
-        returns NaN in its row and leaves the others alone.
+        Returns per call ``(span_logits [spans, V], step_logits [rows, V] or None)``: on the host in
+        the model's dtype, rows contiguous, the real vocabulary only, in the order given. A lane
+        that produced NaN returns NaN in its row and leaves the others alone.
 
         Raises ValueError before anything is forwarded for malformed calls and for lanes that are
         closed or would outgrow their max_len. Whatever is raised, every lane is where it was.
@@ -539,5 +539,10 @@ def _replace(keys: Tensor, values: Tensor, answer: Any, name: str) -> None:
 
 
 def _readout(logits: Tensor, vocab: int) -> Tensor:
-    """Logits [n, head rows], any dtype and device -> [n, vocab] float32 on the host, contiguous."""
-    return logits[:, :vocab].to(device="cpu", dtype=torch.float32).contiguous()
+    """Logits [n, head rows] on any device -> [n, vocab] on the host in their own dtype.
+
+    On a CPU a view, in which rows may lie further apart than ``vocab``.
+    """
+    known = logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    host = logits[:, :vocab].to(device="cpu", dtype=logits.dtype if known else torch.float32)
+    return host if host.stride(1) == 1 or vocab <= 1 else host.contiguous()

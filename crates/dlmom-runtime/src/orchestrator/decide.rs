@@ -199,7 +199,8 @@ impl Session {
         } else {
             self.explicit(active, read, step).map_err(ended)?
         };
-        active.record(read, step, &taken, &self.model_of(active).clone());
+        let model = self.facts[active.current].model;
+        active.record(read, step, &taken, &self.info.models[model.index()]);
         if active.leader().is_none() {
             sink.step(&StepEvent {
                 key: &active.job.key,

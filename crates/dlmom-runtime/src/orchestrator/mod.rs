@@ -594,8 +594,8 @@ impl Session {
         self.stats.samples += 1;
         self.shares[active.plan].samples += 1;
         let experts = self.movers(&active).len();
-        let model = self.info.models[self.facts[active.current].model.index()].clone();
-        let outcome = active.outcome(stop, error, &model, experts);
+        let model = &self.info.models[self.facts[active.current].model.index()];
+        let outcome = active.outcome(stop, error, model, experts);
         sink.finished(outcome, &self.info, backend.memory())
             .map_err(RunError::Sink)
     }

@@ -1,0 +1,167 @@
+"""A step of the loop, against what it is made of and against ``model.generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dlmom_rs import _core
+from dlmom_rs.api import DeepLatentMoM
+from dlmom_rs.engine.embed import embed
+from dlmom_rs.engine.lanes import RowSlotLanes
+
+from . import models
+from .consensus import SPEC, logits
+from .timing import Entry, in_turns
+
+#: Positions of a lane before the bare steps: about those of a prompt.
+PROMPT = 64
+#: Steps of the longer and of the shorter run; their difference has no prompt and no set-up in it.
+#: No sample of the shipped experts ends before.
+LONG, SHORT = 22, 6
+
+
+def entries(rounds: int, threads: int) -> Iterator[Entry]:
+    """Orchestration beyond the forwards at two experts, and explicit mode beside ``generate``."""
+    torch.set_num_threads(threads)
+    for rows in (1, 8, 32):
+        yield _orchestration(rows, rounds)
+    for rows in (1, 8):
+        yield _beside_generate(rows, rounds)
+
+
+def _bare(engine: Any, rows: int, k: int) -> Callable[[], object]:
+    """Soft embedding, mask and forward of every agent, ``LONG - SHORT`` times: what a step cannot
+    do without."""
+    slots = list(range(rows))
+    draws = np.random.default_rng(0)
+    packets = []
+    for lanes in engine._lanes:
+        vocab = lanes.expert.vocabulary.size
+        width = min(k, vocab)
+        ids = np.stack([draws.choice(vocab, width, replace=False) for _ in slots]).astype(np.int64)
+        probs = draws.dirichlet(np.ones(width), rows).astype(np.float32)
+        packets.append((ids, probs))
+
+    def work() -> None:
+        with torch.inference_mode():
+            for lanes in engine._lanes:
+                assert isinstance(lanes, RowSlotLanes)
+                for slot in slots:
+                    lanes.open(slot, 512)
+                    lanes.get(slot).length = PROMPT
+            for _ in range(LONG - SHORT):
+                for lanes, (ids, probs) in zip(engine._lanes, packets, strict=True):
+                    x = embed(lanes.expert.embeddings, ids, probs, engine._device)
+                    lanes.step(slots, x)
+            for lanes in engine._lanes:
+                for slot in slots:
+                    lanes.close(slot)
+
+    return work
+
+
+def _consensus(engine: Any, rows: int, k: int) -> Callable[[], object]:
+    """The readouts of ``LONG - SHORT`` steps."""
+    vocab = engine._lanes[0].expert.vocabulary.size
+    given = list(logits(len(engine._lanes), rows, torch.float32, 0, vocab).unbind(0))
+    fused = _core.Kernel()
+
+    def work() -> None:
+        for _ in range(LONG - SHORT):
+            fused.read(given, k, SPEC)
+
+    return work
+
+
+def _loop(
+    ensemble: DeepLatentMoM, sources: Sequence[dict[str, Any]], gate: str, steps: int
+) -> Callable[[], object]:
+    """A run of exactly so many steps; RuntimeError where a sample ends before."""
+    config = models.loop_config(
+        ensemble, gate=gate, max_latent_steps=steps, max_steps=steps, answer_reserve=0, cap=-1
+    )
+
+    def work() -> None:
+        stats = models.run(ensemble, sources, config, len(sources))
+        if stats["rows"] != steps * len(sources):
+            raise RuntimeError(f"{stats['rows']} rows in {steps} steps of {len(sources)} samples")
+
+    return work
+
+
+def _orchestration(rows: int, rounds: int) -> Entry:
+    pair = models.ensemble(["zoo:tiny-math", "zoo:tiny-general"], rows, fast=True)
+    k = pair.default_config()["k"]
+    sources = [models.asked(question) for question in models.questions(rows)]
+    found = in_turns(
+        {
+            "long": _loop(pair, sources, "always_latent", LONG),
+            "short": _loop(pair, sources, "always_latent", SHORT),
+            "bare": _bare(pair._engine, rows, k),
+            "consensus": _consensus(pair._engine, rows, k),
+        },
+        rounds=rounds,
+    )
+    scale = 1e6 / (LONG - SHORT)
+    step = scale * (found["long"] - found["short"])
+    bare, consensus = scale * found["bare"], scale * found["consensus"]
+    return Entry(
+        f"step K=2 B={rows}",
+        step,
+        bare,
+        "us",
+        "bare forwards with soft embedding and mask",
+        facts={
+            "consensus_us": consensus,
+            "orchestration_us": step - bare - consensus,
+            "goal_us": 100 + 5 * rows,
+        },
+    )
+
+
+def _generate(model: Any, ids: Sequence[Sequence[int]], steps: int) -> Callable[[], object]:
+    """``model.generate`` of exactly so many tokens, greedily, prompts padded on the left."""
+    width = max(map(len, ids))
+    padded = torch.tensor([[0] * (width - len(row)) + list(row) for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+
+    def work() -> object:
+        with torch.inference_mode():
+            return model.generate(
+                input_ids=padded,
+                attention_mask=mask,
+                max_new_tokens=steps,
+                min_new_tokens=steps,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    return work
+
+
+def _beside_generate(rows: int, rounds: int) -> Entry:
+    single = models.ensemble(["zoo:tiny-math"], rows, fast=True)
+    sources = [models.asked(question) for question in models.questions(rows)]
+    ids = [single._engine.encode(0, source) for source in sources]
+    model = single._engine._experts[0].model
+    found = in_turns(
+        {
+            "ours long": _loop(single, sources, "always_explicit", LONG),
+            "ours short": _loop(single, sources, "always_explicit", SHORT),
+            "theirs long": _generate(model, ids, LONG),
+            "theirs short": _generate(model, ids, SHORT),
+        },
+        rounds=rounds,
+    )
+    scale = 1e6 / (LONG - SHORT)
+    return Entry(
+        f"explicit K=1 B={rows}",
+        scale * (found["ours long"] - found["ours short"]),
+        scale * (found["theirs long"] - found["theirs short"]),
+        "us",
+        "model.generate, greedy",
+    )
