@@ -1,10 +1,11 @@
 # Every target does all its own set-up: a machine with Python 3.11+, a C linker and a Rust toolchain is enough.
 #
-#   make demo      a whole run on the shipped experts: table, figures, and where they are
-#   make test      every Rust and Python test
-#   make lint      rustfmt, clippy, ruff, mypy
-#   make bench     Criterion benches of protocol overhead
-#   make docs      rustdoc of every crate
+#   make demo        a whole run on the shipped experts: table, figures, and where they are
+#   make test        every Rust and Python test
+#   make lint        rustfmt, clippy, ruff, mypy
+#   make bench       Criterion benches of protocol overhead
+#   make bench-gate  instruction counts against those recorded (valgrind)
+#   make docs        rustdoc of every crate
 #
 # Variables:
 #   PYTHON=python3.12                     interpreter for .venv
@@ -28,7 +29,7 @@ export HF_HUB_OFFLINE := 1
 RUST_SOURCES := $(shell find crates -name '*.rs' -o -name Cargo.toml -o -name README.md 2>/dev/null) \
 	Cargo.toml Cargo.lock $(wildcard configs/*.yaml configs/*/*.yaml)
 
-.PHONY: demo test test-rust test-python lint bench docs build clean
+.PHONY: demo test test-rust test-python lint bench bench-gate docs build clean
 
 build: $(VENV)/.built
 
@@ -75,6 +76,9 @@ lint: $(VENV)/.deps
 
 bench: $(VENV)/.python
 	cargo bench --locked -p dlmom-benches
+
+bench-gate: $(VENV)/.python
+	$(BIN)/python benches/gate.py
 
 docs: $(VENV)/.python
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --exclude dlmom-py --no-deps

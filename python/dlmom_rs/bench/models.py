@@ -75,3 +75,26 @@ def run(
 def asked(question: str) -> dict[str, Any]:
     """A question as the prompt of a chat."""
     return {"kind": "chat", "messages": [{"role": "user", "content": question}]}
+
+
+def tokens(count: int, salt: int) -> dict[str, Any]:
+    """A prompt of ``count`` token ids that any vocabulary has."""
+    return {"kind": "tokens", "ids": [(7 * i + 13 * salt) % 250 for i in range(1, count + 1)]}
+
+
+def tiny(folder: Path) -> Path:
+    """A model of one layer and random weights, which is never sure of anything."""
+    from transformers import Qwen2Config
+
+    from dlmom_rs.engine.testing import save_model
+
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+    )
+    return save_model(folder, config)
