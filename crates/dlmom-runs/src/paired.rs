@@ -4,7 +4,7 @@ use dlmom_core::{Purpose, Stream};
 use dlmom_eval::stats::{Interval, mcnemar_exact, mean, minimum_detectable_difference, quantile};
 use serde::{Deserialize, Serialize};
 
-use crate::fold::{CellRows, Slim, by_item};
+use crate::fold::{CellRows, Slim};
 
 /// Difference of two accuracies over shared items.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -65,29 +65,39 @@ pub fn compare(cell: &CellRows, reference: &CellRows) -> Option<Paired> {
     })
 }
 
+/// Whether every pair of rows agrees in what [`Paired::identical`] says, and there is one. Ends at the first that does not.
+#[must_use]
+pub fn identical(cell: &CellRows, other: &CellRows) -> bool {
+    let mut pairs = pairs(cell, other).flatten().peekable();
+    pairs.peek().is_some() && pairs.all(|(a, b)| a.output == b.output)
+}
+
 /// Pairs of rows of every item that both cells have, in the order of items; none is empty.
-fn pairs<'a>(cell: &'a CellRows, other: &'a CellRows) -> Vec<Vec<(&'a Slim, &'a Slim)>> {
+fn pairs<'a>(
+    cell: &'a CellRows,
+    other: &'a CellRows,
+) -> impl Iterator<Item = Vec<(&'a Slim, &'a Slim)>> {
     let by_seed = !cell.deterministic && !other.deterministic;
-    let theirs = by_item(&other.rows);
-    cell.rows
-        .chunk_by(|a, b| a.item == b.item)
-        .filter_map(|group| {
-            let other = theirs.get(&*group[0].item)?;
-            let pairs: Vec<(&Slim, &Slim)> = group
-                .iter()
-                .flat_map(|a| other.iter().map(move |b| (a, b)))
-                .filter(|(a, b)| !by_seed || (a.seed, a.sample) == (b.seed, b.sample))
-                .collect();
-            (!pairs.is_empty()).then_some(pairs)
-        })
-        .collect()
+    let same = |a: &Slim, b: &Slim| a.item == b.item;
+    // Both are sorted by item.
+    let mut theirs = other.rows.chunk_by(same).peekable();
+    cell.rows.chunk_by(same).filter_map(move |group| {
+        let item = &group[0].item;
+        while theirs.next_if(|rows| rows[0].item < *item).is_some() {}
+        let rows = theirs.next_if(|rows| rows[0].item == *item)?;
+        let pairs: Vec<(&Slim, &Slim)> = group
+            .iter()
+            .flat_map(|a| rows.iter().map(move |b| (a, b)))
+            .filter(|(a, b)| !by_seed || (a.seed, a.sample) == (b.seed, b.sample))
+            .collect();
+        (!pairs.is_empty()).then_some(pairs)
+    })
 }
 
 /// The shares of an item's pairs in which the cell and the other are right, for each shared item.
 #[must_use]
 pub fn shares(cell: &CellRows, other: &CellRows, right: impl Fn(&Slim) -> bool) -> Vec<(f64, f64)> {
     pairs(cell, other)
-        .iter()
         .map(|pairs| {
             let count = pairs.len() as f64;
             let ours = pairs.iter().filter(|(a, _)| right(a)).count();
@@ -103,7 +113,6 @@ pub fn shares(cell: &CellRows, other: &CellRows, right: impl Fn(&Slim) -> bool) 
 pub fn differences(cell: &CellRows, other: &CellRows, right: impl Fn(&Slim) -> bool) -> Vec<f64> {
     let score = |r: &Slim| f64::from(u8::from(right(r)));
     pairs(cell, other)
-        .iter()
         .map(|pairs| {
             pairs.iter().map(|(a, b)| score(a) - score(b)).sum::<f64>() / pairs.len() as f64
         })

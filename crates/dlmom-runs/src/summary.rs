@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::drift::DriftSummary;
 use crate::fold::{CellRows, Slim};
-use crate::paired::{Paired, compare};
+use crate::paired::{Paired, compare, identical};
 use crate::registry::REF;
 use crate::row::Failure;
 
@@ -329,7 +329,7 @@ pub fn twin<'a>(
         .into_iter()
         .filter(|other| other.experiment != cell.experiment)
         .find(|other| {
-            compare(cell, other).is_some_and(|p| p.identical) && {
+            identical(cell, other) && {
                 let theirs = crate::fold::by_item(&other.rows);
                 cell.rows.iter().all(|row| {
                     theirs
