@@ -30,6 +30,7 @@ NOT_RUN = {
     "make ": "sets up, builds or tests the whole project; these tests run inside it",
     "source ": "changes the shell that it is typed in",
     "DLMOM_UPDATE_GENERATED=1 cargo test ": "rewrites files of the repository; `cargo test` checks",
+    "python -m dlmom_rs.bench": "takes minutes; tests/test_bench.py runs its parts",
     "python tests/docs_refresh.py": "runs every command of the pages in full, rewrites the pages",
 }
 """Commands that are shown and not run, by how they begin, with the reason."""

@@ -123,6 +123,7 @@ class DeepLatentMoM:
         fast: bool = False,
         attention: str | None = None,
         topology: str | os.PathLike[str] = "lockstep",
+        kernel: str | None = None,
     ) -> DeepLatentMoM:
         """Load experts: local folders, hub ids or ``zoo:NAME``, all of one vocabulary.
 
@@ -135,7 +136,11 @@ class DeepLatentMoM:
         over to a Specialist), or a file of that form. Roles prompt their agents with their own
         words, see ``dlmom-rs list prompts``.
 
-        Raises ``ModelError`` for a folder, device or dtype that cannot be used and
+        ``kernel`` is what consensus runs on: ``rust`` on the host, ``torch`` or ``triton`` where
+        the logits are; without one, ``rust`` on CPUs and MPS, and on CUDA and HIP the fastest that
+        runs. ``info["consensus_kernel"]`` says which; :meth:`run` has its own.
+
+        Raises ``ModelError`` for a folder, device, dtype or kernel that cannot be used and
         ``WeightsError`` for NaN or Inf weights.
         """
         from dlmom_rs.engine.backend import Engine
@@ -161,6 +166,7 @@ class DeepLatentMoM:
             deterministic=deterministic,
             fast=fast,
             attn=attention,
+            kernel=kernel,
         )
         options = {
             "device": device,

@@ -457,6 +457,9 @@ pub(crate) fn prepare(
     if let Some(runner) = &runner {
         context["python"] = json!(runner.version());
     }
+    if info.consensus_kernel != "rust" {
+        context["consensus_kernel"] = json!(info.consensus_kernel);
+    }
     if !info.bit_invariant {
         context["rows"] = json!(rows);
     }

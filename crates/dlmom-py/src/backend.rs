@@ -3,8 +3,8 @@
 use dlmom_packet::BeliefPacket;
 use dlmom_runtime::{
     AgentId, Align, Assembler, Backend, BackendError, Embeddings, EnsembleInfo, Feed, LaneId,
-    LaneSpec, Logits, MemoryStats, ModelId, ModelInfo, Payload, PromptSource, Readout, Row, SlotId,
-    check_rows,
+    LaneSpec, Logits, MemoryStats, ModelId, ModelInfo, Payload, PromptSource, ReadRow, Readout,
+    Row, SlotId, check_rows,
 };
 use half::{bf16, f16};
 use pyo3::exceptions::{
@@ -13,11 +13,17 @@ use pyo3::exceptions::{
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyTuple};
 
+use crate::reads::{Answer, Read, plan};
+
 /// The Python engine behind the boundary.
 pub struct PyBackend {
     engine: Py<PyAny>,
     info: EnsembleInfo,
     assembler: Assembler,
+    /// Whether the engine reads plain rows where their logits are.
+    reads: bool,
+    /// Readouts of the other rows, where it does.
+    others: Readout,
 }
 
 /// Logits of one forward, borrowed from a live tensor.
@@ -123,6 +129,9 @@ impl Borrowed {
     }
 }
 
+/// Each agent's logits on the host, of its steps and of its spans.
+type Outputs = Vec<[Option<Borrowed>; 2]>;
+
 /// One agent's share of a call.
 #[derive(Default)]
 struct Call {
@@ -130,6 +139,8 @@ struct Call {
     spans: Vec<usize>,
     /// Rows that take in exactly one position, in order.
     steps: Vec<usize>,
+    /// How many of the steps, and of the spans, have their logits come to the host.
+    leaving: [usize; 2],
     /// Packed buffers, filled before the interpreter is entered.
     span_feeds: Vec<Packed>,
     step_slots: Vec<u32>,
@@ -242,7 +253,8 @@ fn text<'py, T: FromPyObjectOwned<'py>>(dict: &Bound<'py, PyDict>, key: &str) ->
         .map_err(Into::into)
 }
 
-fn read_info(engine: &Bound<'_, PyAny>) -> PyResult<EnsembleInfo> {
+/// What the engine loaded, and whether it reads plain rows where their logits are.
+fn read_info(engine: &Bound<'_, PyAny>) -> PyResult<(EnsembleInfo, bool)> {
     let info = engine.call_method0("info")?;
     let info = info.cast::<PyDict>()?;
     let mut models = Vec::new();
@@ -279,7 +291,7 @@ fn read_info(engine: &Bound<'_, PyAny>) -> PyResult<EnsembleInfo> {
         });
     }
     let agents: Vec<u32> = text(info, "agents")?;
-    Ok(EnsembleInfo {
+    let info = EnsembleInfo {
         models,
         agents: agents.into_iter().map(ModelId).collect(),
         slots: text(info, "slots")?,
@@ -289,7 +301,10 @@ fn read_info(engine: &Bound<'_, PyAny>) -> PyResult<EnsembleInfo> {
         bit_invariant: text(info, "bit_invariant")?,
         bit_invariance_reason: text(info, "bit_invariance_reason")?,
         fixed_length: text(info, "fixed_length")?,
-    })
+        consensus_kernel: text(info, "consensus_kernel")?,
+    };
+    let reads = info.consensus_kernel != "rust";
+    Ok((info, reads))
 }
 
 /// Little-endian f32 values; a rest of fewer than 4 bytes is dropped.
@@ -309,18 +324,26 @@ fn lane_tuple(lane: LaneId) -> (u32, u32) {
 impl PyBackend {
     /// Wraps a loaded `dlmom_rs.engine.backend.Engine`.
     pub fn new(engine: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let info = read_info(engine)?;
+        let (info, reads) = read_info(engine)?;
         let assembler = Assembler::new(info.threads as usize)
             .map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
         Ok(Self {
             info,
             engine: engine.clone().unbind(),
             assembler,
+            reads,
+            others: Readout::default(),
         })
     }
 
-    /// Calls `advance` of the engine with every agent that moves.
-    fn forward<'py>(&self, py: Python<'py>, calls: &[Call]) -> PyResult<Bound<'py, PyAny>> {
+    /// Calls `advance` of the engine with every agent that moves; what it answers, and to the reads, where there are any.
+    fn forward<'py>(
+        &self,
+        py: Python<'py>,
+        calls: &[Call],
+        reads: &[Read<'_>],
+        rows: &[Row<'_>],
+    ) -> PyResult<Bound<'py, PyAny>> {
         let list = PyList::empty(py);
         for (agent, call) in calls.iter().enumerate() {
             if call.spans.is_empty() && call.steps.is_empty() {
@@ -363,16 +386,45 @@ impl PyBackend {
             };
             list.append((agent, spans, step, call.hidden.clone()))?;
         }
-        self.engine.bind(py).call_method1("advance", (list,))
+        let engine = self.engine.bind(py);
+        if reads.is_empty() {
+            return engine.call_method1("advance", (list,));
+        }
+        let raw = PyList::empty(py);
+        for read in reads {
+            read.append_to(&raw, &self.info, rows)?;
+        }
+        engine.call_method1("advance", (list, raw))
     }
 
-    /// Borrows each agent's step and span logits from the engine's answer.
-    fn borrow_logits(
+    /// Takes the engine's answer apart: each agent's logits, and what was read.
+    fn outputs(
         &self,
         answer: &Bound<'_, PyAny>,
         calls: &[Call],
-    ) -> PyResult<Vec<[Option<Borrowed>; 2]>> {
-        let mut out: Vec<[Option<Borrowed>; 2]> = calls.iter().map(|_| [None, None]).collect();
+        reads: &[Read<'_>],
+    ) -> PyResult<(Outputs, Vec<Answer>)> {
+        if reads.is_empty() {
+            return Ok((self.borrow_logits(answer, calls)?, Vec::new()));
+        }
+        let (logits, raw): (Bound<'_, PyAny>, Vec<Bound<'_, PyAny>>) = answer.extract()?;
+        if raw.len() != reads.len() {
+            return Err(PyTypeError::new_err(format!(
+                "advance must answer {} reads, not {}",
+                reads.len(),
+                raw.len()
+            )));
+        }
+        let answers = reads.iter().zip(&raw).map(|(read, raw)| read.answer(raw));
+        Ok((
+            self.borrow_logits(&logits, calls)?,
+            answers.collect::<PyResult<_>>()?,
+        ))
+    }
+
+    /// Borrows each agent's step and span logits from the engine's answer.
+    fn borrow_logits(&self, answer: &Bound<'_, PyAny>, calls: &[Call]) -> PyResult<Outputs> {
+        let mut out: Outputs = calls.iter().map(|_| [None, None]).collect();
         let moved = (0..calls.len())
             .filter(|&agent| !calls[agent].spans.is_empty() || !calls[agent].steps.is_empty());
         let mut answers = answer.try_iter()?;
@@ -387,7 +439,7 @@ impl PyBackend {
                 .info
                 .model_of(AgentId(agent as u32))
                 .map_or(0, |m| m.vocab as usize);
-            let (spans, steps) = (calls[agent].spans.len(), calls[agent].steps.len());
+            let [steps, spans] = calls[agent].leaving;
             let borrow = |at: usize, rows: usize| -> PyResult<Option<Borrowed>> {
                 if rows == 0 {
                     return Ok(None);
@@ -465,7 +517,7 @@ impl Backend for PyBackend {
                         backend_error(py, error, "reserving KV caches")
                     }
                 })?;
-            self.info =
+            (self.info, self.reads) =
                 read_info(engine).map_err(|e| backend_error(py, e, "reading engine info"))?;
             Ok(())
         })
@@ -488,87 +540,28 @@ impl Backend for PyBackend {
         check_rows(&self.info, rows)?;
         let states = self.states(rows)?;
         let resolved = resolve(rows, &states);
-        let feeds_of = |index: usize| -> &[(AgentId, Feed<'_>)] {
-            resolved[index].as_deref().unwrap_or(rows[index].feeds)
+        let reads = if self.reads {
+            plan(&self.info, rows)
+        } else {
+            Vec::new()
         };
+        let mut stays = vec![false; rows.len()];
+        for &index in reads.iter().flat_map(|read| &read.rows) {
+            stays[index] = true;
+        }
         let agents = self.info.agents.len();
-        let mut calls: Vec<Call> = (0..agents).map(|_| Call::default()).collect();
-        // For each row and agent: which of the agent's outputs holds its logits.
-        let mut places: Vec<Vec<Option<(bool, usize)>>> = vec![vec![None; agents]; rows.len()];
-        for (index, row) in rows.iter().enumerate() {
-            if row.merge.is_empty() {
-                return Err(BackendError::Invalid(format!(
-                    "slot {} merges no agent",
-                    row.slot
-                )));
-            }
-            if row
-                .want
-                .versus
-                .is_some_and(|other| !rows.iter().any(|r| r.slot == other))
-            {
-                return Err(BackendError::Invalid(format!(
-                    "slot {}: the slot to compare with is not in this call",
-                    row.slot
-                )));
-            }
-            for (agent, feed) in feeds_of(index) {
-                if feed.positions() == 1 {
-                    let call = &mut calls[agent.index()];
-                    call.step_feed.k = call.step_feed.k.max(width(feed));
-                }
-            }
-        }
-        for (index, row) in rows.iter().enumerate() {
-            for (agent, feed) in feeds_of(index) {
-                let call = &mut calls[agent.index()];
-                if row.want.hidden {
-                    call.hidden.push(row.slot.0);
-                }
-                if feed.positions() == 1 {
-                    if let Feed::Payload(payload) = feed {
-                        let (kind, bytes) = payload_bytes(payload);
-                        let values = &mut call.step_payloads[kind];
-                        values.rows.push(call.steps.len());
-                        values.bytes.extend_from_slice(&bytes);
-                        // Holds the row's place; the payload replaces what it embeds to.
-                        call.step_feed.push(std::iter::once((0, 1.0)));
-                    } else {
-                        pack(feed, &mut call.step_feed)?;
-                    }
-                    places[index][agent.index()] = Some((false, call.steps.len()));
-                    call.steps.push(index);
-                } else {
-                    let mut packed = Packed {
-                        k: width(feed),
-                        ..Packed::default()
-                    };
-                    pack(feed, &mut packed)?;
-                    call.span_feeds.push(packed);
-                    places[index][agent.index()] = Some((true, call.spans.len()));
-                    call.spans.push(index);
-                }
-            }
-        }
-        for call in &mut calls {
-            call.step_slots = call
-                .spans
-                .iter()
-                .chain(&call.steps)
-                .map(|&r| rows[r].slot.0)
-                .collect();
-        }
+        let (calls, places) = pack_calls(rows, &resolved, &stays, agents)?;
         let context = || {
             format!(
                 "{} rows of {agents} agents could not be advanced",
                 rows.len()
             )
         };
-        let outputs = Python::attach(|py| {
+        let (outputs, answers) = Python::attach(|py| {
             let answer = self
-                .forward(py, &calls)
+                .forward(py, &calls, &reads, rows)
                 .map_err(|error| backend_error(py, error, context()))?;
-            self.borrow_logits(&answer, &calls).map_err(|error| {
+            self.outputs(&answer, &calls, &reads).map_err(|error| {
                 let error = backend_error(py, error, context());
                 // The lanes have moved; an answer that cannot be used takes them back.
                 self.take_back(rows).err().unwrap_or(error)
@@ -578,7 +571,16 @@ impl Backend for PyBackend {
             let (span, at) = places[row][agent.index()]?;
             outputs[agent.index()][usize::from(span)].as_ref()?.row(at)
         };
-        let result = self.assembler.assemble(&self.info, rows, &find, out);
+        let result = if reads.is_empty() {
+            self.assembler.assemble(&self.info, rows, &find, out)
+        } else {
+            self.assemble_others(rows, &stays, &find, out)
+        };
+        for (read, answer) in reads.iter().zip(&answers) {
+            for (at, &index) in read.rows.iter().enumerate() {
+                answer.fill(at, &rows[index], &mut out.rows[index].read);
+            }
+        }
         if result.is_err() {
             self.take_back(rows)?;
         }
@@ -708,7 +710,118 @@ fn resolve<'a>(rows: &[Row<'a>], states: &'a States) -> Vec<Option<Vec<(AgentId,
     resolved
 }
 
+/// For each row and agent: which of the agent's outputs holds its logits, the one of spans or of steps, and where in it;
+/// `None` where they stay on the device.
+type Places = Vec<Vec<Option<(bool, usize)>>>;
+
+/// Sorts what rows feed into one call for each agent.
+fn pack_calls(
+    rows: &[Row<'_>],
+    resolved: &[Option<Vec<(AgentId, Feed<'_>)>>],
+    stays: &[bool],
+    agents: usize,
+) -> Result<(Vec<Call>, Places), BackendError> {
+    let feeds_of = |index: usize| -> &[(AgentId, Feed<'_>)] {
+        resolved[index].as_deref().unwrap_or(rows[index].feeds)
+    };
+    let mut calls: Vec<Call> = (0..agents).map(|_| Call::default()).collect();
+    let mut places: Places = vec![vec![None; agents]; rows.len()];
+    for (index, row) in rows.iter().enumerate() {
+        if row.merge.is_empty() {
+            return Err(BackendError::Invalid(format!(
+                "slot {} merges no agent",
+                row.slot
+            )));
+        }
+        if row
+            .want
+            .versus
+            .is_some_and(|other| !rows.iter().any(|r| r.slot == other))
+        {
+            return Err(BackendError::Invalid(format!(
+                "slot {}: the slot to compare with is not in this call",
+                row.slot
+            )));
+        }
+        for (agent, feed) in feeds_of(index) {
+            if feed.positions() == 1 {
+                let call = &mut calls[agent.index()];
+                call.step_feed.k = call.step_feed.k.max(width(feed));
+            }
+        }
+    }
+    for (index, row) in rows.iter().enumerate() {
+        for (agent, feed) in feeds_of(index) {
+            let call = &mut calls[agent.index()];
+            if row.want.hidden {
+                call.hidden.push(row.slot.0);
+            }
+            if feed.positions() == 1 {
+                if let Feed::Payload(payload) = feed {
+                    let (kind, bytes) = payload_bytes(payload);
+                    let values = &mut call.step_payloads[kind];
+                    values.rows.push(call.steps.len());
+                    values.bytes.extend_from_slice(&bytes);
+                    // Holds the row's place; the payload replaces what it embeds to.
+                    call.step_feed.push(std::iter::once((0, 1.0)));
+                } else {
+                    pack(feed, &mut call.step_feed)?;
+                }
+                call.steps.push(index);
+            } else {
+                let mut packed = Packed {
+                    k: width(feed),
+                    ..Packed::default()
+                };
+                pack(feed, &mut packed)?;
+                call.span_feeds.push(packed);
+                call.spans.push(index);
+            }
+            if !stays[index] {
+                let span = feed.positions() != 1;
+                let place = &mut call.leaving[usize::from(span)];
+                places[index][agent.index()] = Some((span, *place));
+                *place += 1;
+            }
+        }
+    }
+    for call in &mut calls {
+        call.step_slots = call
+            .spans
+            .iter()
+            .chain(&call.steps)
+            .map(|&r| rows[r].slot.0)
+            .collect();
+    }
+    Ok((calls, places))
+}
+
 impl PyBackend {
+    /// Reads out the rows that do not stay on the device, and makes room for the readouts of those that do.
+    fn assemble_others<'a>(
+        &mut self,
+        rows: &[Row<'_>],
+        stays: &[bool],
+        find: &dyn Fn(usize, AgentId) -> Option<Logits<'a>>,
+        out: &mut Readout,
+    ) -> Result<(), BackendError> {
+        out.rows.resize_with(rows.len(), ReadRow::default);
+        for (row, out) in rows.iter().zip(&mut out.rows) {
+            out.slot = Some(row.slot);
+            out.versus = None;
+            out.uplink_bytes = 0;
+        }
+        let places: Vec<usize> = (0..rows.len()).filter(|&index| !stays[index]).collect();
+        let others: Vec<Row<'_>> = places.iter().map(|&index| rows[index]).collect();
+        let find = |at: usize, agent: AgentId| find(places[at], agent);
+        self.assembler
+            .assemble(&self.info, &others, &find, &mut self.others)?;
+        for (&index, read) in places.iter().zip(&mut self.others.rows) {
+            std::mem::swap(&mut out.rows[index], read);
+        }
+        Ok(())
+    }
+
     /// Reads the hidden states that rows name as feeds.
     fn states(&mut self, rows: &[Row<'_>]) -> Result<States, BackendError> {
         let mut states = Vec::new();

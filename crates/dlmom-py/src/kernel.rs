@@ -63,11 +63,11 @@ impl PyKernel {
     ) -> PyResult<Vec<Read>> {
         let wrong = |e: String| ConfigError::new_err(format!("consensus: {e}"));
         let spec: ConsensusSpec = serde_json::from_str(spec).map_err(|e| wrong(e.to_string()))?;
-        spec.validate(Some(experts.len()))
-            .map_err(|e| wrong(e.to_string()))?;
         let Some(first) = experts.first() else {
             return Ok(Vec::new());
         };
+        spec.validate(Some(experts.len()))
+            .map_err(|e| wrong(e.to_string()))?;
         let shape: (usize, usize) = first.getattr("shape")?.extract()?;
         let experts = experts
             .iter()

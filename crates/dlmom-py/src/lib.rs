@@ -6,6 +6,7 @@ mod errors;
 mod host;
 mod kernel;
 mod loops;
+mod reads;
 mod table;
 mod values;
 

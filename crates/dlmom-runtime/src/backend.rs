@@ -117,6 +117,8 @@ pub struct EnsembleInfo {
     pub bit_invariance_reason: String,
     /// Whether every row sees the whole reserved length, because its bits depend on it.
     pub fixed_length: bool,
+    /// What reads rows whose consensus sees the agents' own logits: `rust`, or a kernel where the logits are.
+    pub consensus_kernel: String,
 }
 
 impl EnsembleInfo {

@@ -92,6 +92,7 @@ impl MockBackend {
                 bit_invariant: true,
                 bit_invariance_reason: "rows are computed one by one".into(),
                 fixed_length: false,
+                consensus_kernel: "rust".into(),
             },
             lanes: BTreeMap::new(),
             script,

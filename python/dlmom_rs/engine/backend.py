@@ -1,13 +1,15 @@
 """The engine: several frozen models and their agents' lanes, behind the calls of the Rust loop.
 
 The engine decides nothing. It loads models, keeps key-value lanes by (slot, agent), turns packets
-into input embeddings, forwards them, and returns logits on the host. A lane's bits depend only on
-what was fed to that lane wherever ``info()["bit_invariant"]`` says so.
+into input embeddings, forwards them, and returns logits on the host, or what :mod:`.reads` makes
+of them on the device. A lane's bits depend only on what was fed to that lane wherever
+``info()["bit_invariant"]`` says so.
 """
 
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -27,7 +29,11 @@ from .errors import ModelError
 from .experts import Expert, load_expert, one_line
 from .lanes import Lanes, PerRowLanes, RowSlotLanes
 from .packets import Call, Entries, RawCall, Values, read_call, read_entries
+from .reads import Logits, RawRead, RawReadout, Reader, check_reads, choose
 from .selftest import invariance_failure, reference_failure
+
+#: One agent's logits on the host: (span_logits [spans, V], step_logits [rows, V] or None).
+Answer = tuple[Tensor, Tensor | None]
 
 
 class Engine:
@@ -57,6 +63,8 @@ class Engine:
         self._invariant = False
         self._compressor: Any | None = None
         self._aligners: dict[int, Aligner] = {}
+        #: Reads rows on the device; None where all logits go to the host.
+        self._reader: Reader | None = None
 
     @staticmethod
     def load(
@@ -72,6 +80,7 @@ class Engine:
         deterministic: bool,
         fast: bool,
         attn: str | None,
+        kernel: str | None = None,
     ) -> "Engine":
         """Load the models, choose each one's path, and test it.
 
@@ -79,10 +88,12 @@ class Engine:
         agent ``a``. ``slots`` is the number of rows wanted, padded (to a multiple of 8, in float32
         to 16 at least) where bits must not depend on it; ``max_len`` is the longest lane in
         positions. ``threads`` None means the physical cores. ``fast`` gives bit invariance up;
-        ``deterministic`` asks for it on devices.
+        ``deterministic`` asks for it on devices. ``kernel`` is what consensus runs on: ``rust`` on
+        the host, ``torch`` or ``triton`` where the logits are, or ``auto`` (None), see
+        :func:`.reads.choose`.
 
-        Raises ModelError for anything wrong with a model, device or dtype, WeightsError for NaN or
-        Inf weights, ValueError for other arguments.
+        Raises ModelError for anything wrong with a model, device, dtype or kernel, WeightsError for
+        NaN or Inf weights, ValueError for other arguments.
         """
         if not experts or not agents:
             raise ValueError("an engine needs at least one model and one agent")
@@ -101,6 +112,7 @@ class Engine:
         if invariant and not on_cpu:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        reader = choose(kernel, torch_device, torch_dtype)
         loaded = [
             load_expert(
                 source,
@@ -120,6 +132,7 @@ class Engine:
             slots=slots,
             max_len=max_len,
         )
+        engine._reader = reader
         engine._invariant = invariant
         if not invariant:
             engine._bit_reason = (
@@ -238,6 +251,7 @@ class Engine:
             "threads": torch.get_num_threads(),
             "slots": self._slots,
             "max_len": self._max_len,
+            "consensus_kernel": "rust" if self._reader is None else self._reader.name,
             "bit_invariant": self._bit_invariant,
             "bit_invariance_reason": self._bit_reason,
             "fixed_length": any(
@@ -326,7 +340,15 @@ class Engine:
             "kv_bytes": sum(lanes.nbytes() for lanes in self._lanes),
         }
 
-    def advance(self, calls: Iterable[RawCall]) -> list[tuple[Tensor, Tensor | None]]:
+    @overload
+    def advance(self, calls: Iterable[RawCall], reads: None = None) -> list[Answer]: ...
+    @overload
+    def advance(
+        self, calls: Iterable[RawCall], reads: Sequence[RawRead]
+    ) -> tuple[list[Answer], list[RawReadout]]: ...
+    def advance(
+        self, calls: Iterable[RawCall], reads: Sequence[RawRead] | None = None
+    ) -> list[Answer] | tuple[list[Answer], list[RawReadout]]:
         """Append positions to lanes and return their last logits.
 
         One call per agent that moves: ``(agent, spans, step, hidden)``. A span ``(slot, ids, probs,
@@ -342,8 +364,13 @@ class Engine:
         the model's dtype, rows contiguous, the real vocabulary only, in the order given. A lane
         that produced NaN returns NaN in its row and leaves the others alone.
 
-        Raises ValueError before anything is forwarded for malformed calls and for lanes that are
-        closed or would outgrow their max_len. Whatever is raised, every lane is where it was.
+        ``reads`` names rows whose consensus runs on the device, see ``reads.RawRead``. The logits
+        of their slots, of every agent, are then left out of what is returned, and a list of
+        ``reads.RawReadout`` comes beside it, one for each read.
+
+        Raises ValueError before anything is forwarded for malformed calls and reads, for reads
+        where ``info()["consensus_kernel"]`` is rust, and for lanes that are closed or would outgrow
+        their max_len. Whatever is raised, every lane is where it was.
         """
         parsed = []
         for raw in calls:
@@ -353,6 +380,12 @@ class Engine:
             raise ValueError("an agent appears in two calls of one advance")
         for call in parsed:
             self._check_room(call)
+        reader = self._reader
+        if reads is not None and reader is None:
+            raise ValueError("nothing is read here: consensus runs on the host")
+        staying = check_reads(reads or (), parsed)
+        logits: dict[int, Logits] = {call.agent: Logits() for call in parsed}
+        readouts: list[RawReadout] = []
         saved = [
             (lanes, lanes.save(slot for slot, _ in call.appended()))
             for call in parsed
@@ -360,7 +393,9 @@ class Engine:
         ]
         with torch.inference_mode():
             try:
-                answers = [self._run(call) for call in parsed]
+                answers = [self._run(call, staying, logits[call.agent]) for call in parsed]
+                if reader is not None and reads is not None:
+                    readouts = reader.read(reads, logits, self._device)
             except BaseException:
                 for lanes, positions in saved:
                     lanes.restore(positions)
@@ -370,14 +405,20 @@ class Engine:
             for slot, _ in call.appended():
                 held.pop(slot, None)
             held.update(states)
-        return [(spans, step) for spans, step, _ in answers]
+        returned = [(spans, step) for spans, step, _ in answers]
+        return returned if reads is None else (returned, readouts)
 
-    def _run(self, call: Call) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
-        """One agent's logits, and the hidden states it was asked to keep, by slot."""
+    def _run(
+        self, call: Call, staying: AbstractSet[int], kept: Logits
+    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """One agent's logits, and the hidden states it was asked to keep, by slot.
+
+        Logits of the slots in ``staying`` go to ``kept`` instead.
+        """
         expert = self._lanes[call.agent].expert
         expert.captured = [] if call.hidden else None
         try:
-            spans, step = self._forward(call)
+            spans, step = self._forward(call, staying, kept)
             states = expert.captured or []
         finally:
             expert.captured = None
@@ -428,7 +469,8 @@ class Engine:
             values = aligned.to(device="cpu", dtype=torch.float32).numpy()
         return values.astype("<f4").tobytes(), values.shape[1]
 
-    def _forward(self, call: Call) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, call: Call, staying: AbstractSet[int], kept: Logits) -> Answer:
+        """One agent's logits; those of the slots in ``staying`` go to ``kept`` instead."""
         lanes = self._lanes[call.agent]
         expert = lanes.expert
         vocab = expert.vocabulary.size
@@ -440,8 +482,10 @@ class Engine:
             for rows, values in call.payloads:
                 at = torch.tensor(rows, dtype=torch.int64, device=self._device)
                 x = x.index_copy(0, at, self._inputs(expert, values))
-            step_logits = _readout(lanes.step(call.step_slots, x), vocab)
-        return _readout(span_logits, vocab), step_logits
+            step_logits = lanes.step(call.step_slots, x)
+            step_logits = _parted(call.step_slots, step_logits, vocab, staying, kept)
+        span_slots = [slot for slot, _ in call.spans]
+        return _parted(span_slots, span_logits, vocab, staying, kept), step_logits
 
     def _inputs(self, expert: Expert, feed: Entries | Values) -> Tensor:
         """Input embeddings [n, hidden] of packets or of messages that are none."""
@@ -536,6 +580,20 @@ def _replace(keys: Tensor, values: Tensor, answer: Any, name: str) -> None:
                 "may change values, not the number of positions"
             )
         held.copy_(new.to(device=held.device, dtype=held.dtype))
+
+
+def _parted(
+    slots: list[int], logits: Tensor, vocab: int, staying: AbstractSet[int], kept: Logits
+) -> Tensor:
+    """What of the slots' logits [n, head rows] goes to the host: those not in ``staying``.
+
+    The others go to ``kept``, where there are any.
+    """
+    if staying.isdisjoint(slots):
+        return _readout(logits, vocab)
+    kept.add(slots, logits[:, :vocab])
+    leaving = [at for at, slot in enumerate(slots) if slot not in staying]
+    return _readout(logits[leaving], vocab) if leaving else torch.empty(0, vocab)
 
 
 def _readout(logits: Tensor, vocab: int) -> Tensor:
