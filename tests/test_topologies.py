@@ -177,7 +177,7 @@ def test_two_lines_of_a_file_make_groups(dlmom: Call, tmp_path: Path) -> None:
                 *("--topology", topology),
             )
         )
-        rows[name] = [r["text"] for r in rows_of(out, "REF").values()]
+        rows[name] = [r["text"] for _, r in sorted(rows_of(out, "REF").items())]
     assert rows["flat"] != rows["groups"]
 
 
@@ -188,7 +188,7 @@ def test_every_control_changes_something_that_is_recorded(controlled: Path) -> N
     def facts(cell: str) -> list[Any]:
         return [
             (row["text"], row["latent_steps"], row["noise_js"], row["entropy"])
-            for row in rows_of(controlled, cell).values()
+            for _, row in sorted(rows_of(controlled, cell).items())
         ]
 
     reference = facts("REF")
@@ -197,7 +197,7 @@ def test_every_control_changes_something_that_is_recorded(controlled: Path) -> N
     for cell in cells[1:]:
         assert facts(cell) != reference, cell
     modes = {
-        cell: [row["mode_runs"] for row in rows_of(controlled, cell).values()]
+        cell: [row["mode_runs"] for _, row in sorted(rows_of(controlled, cell).items())]
         for cell in ("REF", "C1.7", "C1.9")
     }
     for ours, theirs in zip(modes["C1.7"], modes["REF"], strict=True):
