@@ -7,7 +7,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use dlmom_benches::{Lcg, cheap_backend, logits, packet};
+use dlmom_benches::{Last, Lcg, cheap_backend, logits, packet};
 use dlmom_core::{
     AlphaUnit, Center, ConsensusSpec, ControllerSpec, Elect, Gate, GateController, Method,
     NoiseSpec, Request, RowReadout, Scratch, Start, Stream, Tie, noise, read_row, top_k,
@@ -16,10 +16,7 @@ use dlmom_eval::{Item, NoJudge, Task};
 use dlmom_packet::{Encoding, Meta, decode_exact, encode_into, encoded_len};
 use dlmom_runs::row::RowContext;
 use dlmom_runs::{Overrides, RawRow, RawWriter, Registry, Setting};
-use dlmom_runtime::{
-    EnsembleInfo, Job, JobKey, LoopConfig, MemoryStats, Outcome, PromptSource, RunOptions, Sink,
-    run,
-};
+use dlmom_runtime::{Job, JobKey, LoopConfig, MemoryStats, PromptSource, RunOptions, run};
 
 const VOCAB: u32 = 151_665;
 
@@ -160,20 +157,6 @@ fn perturbation(c: &mut Criterion) {
     group.finish();
 }
 
-struct Count(u64);
-
-impl Sink for Count {
-    fn finished(
-        &mut self,
-        outcome: Outcome,
-        _: &EnsembleInfo,
-        _: MemoryStats,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        self.0 += u64::from(outcome.total_steps());
-        Ok(())
-    }
-}
-
 fn round(c: &mut Criterion) {
     let mut group = c.benchmark_group("mock_round");
     group.sample_size(20);
@@ -203,10 +186,10 @@ fn round(c: &mut Criterion) {
             group.throughput(Throughput::Elements(u64::from(slots) * 16));
             group.bench_function(BenchmarkId::new(format!("K={agents}"), slots), |b| {
                 b.iter(|| {
-                    let mut sink = Count(0);
+                    let mut sink = Last::default();
                     let options = RunOptions::default();
                     run(&mut backend, &config, &options, &mut jobs(slots), &mut sink).unwrap();
-                    sink.0
+                    sink.steps
                 });
             });
         }
@@ -222,7 +205,7 @@ fn rows(c: &mut Criterion) {
         ..LoopConfig::default()
     };
     let mut backend = cheap_backend(2, 512, 1, 128);
-    let mut sink = Keep(None);
+    let mut sink = Last::default();
     let job = Job {
         key: JobKey {
             item_id: "q0".into(),
@@ -238,7 +221,7 @@ fn rows(c: &mut Criterion) {
     let options = RunOptions::default();
     let mut jobs = std::iter::once(job);
     run(&mut backend, &config, &options, &mut jobs, &mut sink).unwrap();
-    let outcome = sink.0.unwrap();
+    let outcome = sink.outcome.unwrap();
     let item = Item {
         id: "q0".into(),
         question: "1 + 1?".into(),
@@ -276,20 +259,6 @@ fn rows(c: &mut Criterion) {
         b.iter(|| writer.append(black_box(&row)).unwrap());
     });
     group.finish();
-}
-
-struct Keep(Option<Outcome>);
-
-impl Sink for Keep {
-    fn finished(
-        &mut self,
-        outcome: Outcome,
-        _: &EnsembleInfo,
-        _: MemoryStats,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        self.0 = Some(outcome);
-        Ok(())
-    }
 }
 
 criterion_group!(

@@ -4,27 +4,10 @@
 
 use std::hint::black_box;
 
-use dlmom_benches::{cheap_backend, packet};
+use dlmom_benches::{Last, cheap_backend, packet};
 use dlmom_core::{ControllerSpec, Gate, GateController};
 use dlmom_packet::{Encoding, Meta, decode_exact, encode_into};
-use dlmom_runtime::{
-    EnsembleInfo, Job, JobKey, LoopConfig, MemoryStats, Outcome, PromptSource, RunOptions, Sink,
-    run,
-};
-
-struct Steps(u64);
-
-impl Sink for Steps {
-    fn finished(
-        &mut self,
-        outcome: Outcome,
-        _: &EnsembleInfo,
-        _: MemoryStats,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        self.0 += u64::from(outcome.total_steps());
-        Ok(())
-    }
-}
+use dlmom_runtime::{Job, JobKey, LoopConfig, PromptSource, RunOptions, run};
 
 fn codec() {
     let meta = Meta {
@@ -79,7 +62,7 @@ fn round() {
         rival: None,
     });
     let mut backend = cheap_backend(3, 512, 64, 64);
-    let mut sink = Steps(0);
+    let mut sink = Last::default();
     run(
         &mut backend,
         &config,
@@ -88,7 +71,7 @@ fn round() {
         &mut sink,
     )
     .unwrap();
-    black_box(sink.0);
+    black_box(sink.steps);
 }
 
 fn main() -> Result<(), String> {

@@ -1,7 +1,7 @@
 //! Synthetic inputs of the benches: deterministic, without any model.
 
 use dlmom_packet::BeliefPacket;
-use dlmom_runtime::{LaneId, MockBackend};
+use dlmom_runtime::{EnsembleInfo, LaneId, MemoryStats, MockBackend, Outcome, Sink};
 
 /// A linear congruential generator, enough for inputs that no result depends on.
 #[derive(Debug, Clone)]
@@ -65,4 +65,26 @@ pub fn cheap_backend(agents: usize, vocab: u32, slots: u32, max_len: u32) -> Moc
         out[0] = -20.0;
     };
     MockBackend::scripted(agents, vocab, slots, max_len, Box::new(script))
+}
+
+/// Counts the steps of finished samples, and keeps the last one's outcome.
+#[derive(Default)]
+pub struct Last {
+    /// Latent and printed steps of all.
+    pub steps: u64,
+    /// The last outcome.
+    pub outcome: Option<Outcome>,
+}
+
+impl Sink for Last {
+    fn finished(
+        &mut self,
+        outcome: Outcome,
+        _: &EnsembleInfo,
+        _: MemoryStats,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.steps += u64::from(outcome.total_steps());
+        self.outcome = Some(outcome);
+        Ok(())
+    }
 }

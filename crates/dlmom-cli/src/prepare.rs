@@ -40,8 +40,8 @@ pub(crate) struct Prepared {
     pub(crate) donors: Donors,
     pub(crate) bench: Bench,
     pub(crate) items: Vec<Item>,
-    /// Tokens of every item's longest prompt.
-    pub(crate) prompt_lengths: HashMap<String, u32>,
+    /// Tokens of every item's longest prompt, in the order of `items`.
+    pub(crate) prompt_lengths: Vec<u32>,
     pub(crate) backend: Box<dyn Backend>,
     pub(crate) judge: Box<dyn CodeJudge>,
     pub(crate) dir: RunDir,
@@ -376,8 +376,9 @@ pub(crate) fn prepare(
     let Lengths {
         max_len,
         prompts,
-        by_item: prompt_lengths,
+        by_item: mut prompt_lengths,
     } = longest(&mut *backend, &bench, &seating, &asked, &plan, &assumed)?;
+    prompt_lengths.truncate(items.len());
     let (rows, probed) = match (args.batch_size, &recorded) {
         (BatchSize::Rows(rows), _) => (rows, None),
         (BatchSize::Auto, Some(recorded)) => (recorded.batch_size, None),
@@ -550,10 +551,11 @@ pub(crate) struct Lengths {
     pub(crate) max_len: u32,
     /// The first items' prompts.
     pub(crate) prompts: Vec<Prompts>,
-    /// Tokens of every item's longest prompt.
-    pub(crate) by_item: HashMap<String, u32>,
+    /// Tokens of every item's longest prompt, in their order.
+    pub(crate) by_item: Vec<u32>,
 }
 
+/// Tokenises every item's prompts.
 pub(crate) fn longest(
     backend: &mut dyn Backend,
     bench: &Bench,
@@ -563,7 +565,7 @@ pub(crate) fn longest(
     placement: &Placement,
 ) -> Result<Lengths, CliError> {
     let info = backend.info().clone();
-    let mut by_item = HashMap::new();
+    let mut by_item = Vec::with_capacity(items.len());
     let mut first = Vec::new();
     for item in items {
         let sources = seating.prompts(&bench.prompt(item));
@@ -578,13 +580,12 @@ pub(crate) fn longest(
             })?;
             tokens.push(ids);
         }
-        let own = tokens.iter().map(Vec::len).max().unwrap_or(0) as u32;
-        by_item.insert(item.id.clone(), own);
+        by_item.push(tokens.iter().map(Vec::len).max().unwrap_or(0) as u32);
         if first.len() < 128 {
             first.push(tokens);
         }
     }
-    let longest = by_item.values().copied().max().unwrap_or(0);
+    let longest = by_item.iter().copied().max().unwrap_or(0);
     let mut most = longest;
     for experiment in plan.runs() {
         let config = experiment.loop_config(placement)?;

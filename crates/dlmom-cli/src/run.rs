@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::Write;
+use std::mem::take;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -199,7 +200,8 @@ struct Work {
     experiment: Experiment,
     config_hash: String,
     start: CellStart,
-    todo: Vec<JobKey>,
+    /// Samples that are left, in the order of admission: seed, and place among the items.
+    todo: Vec<(u64, usize)>,
     schedules: HashMap<JobKey, Schedule>,
     drifts: HashMap<JobKey, Drift>,
     writer: RawWriter,
@@ -217,6 +219,7 @@ fn open(
     prepared: &mut Prepared,
     experiment: Experiment,
     place: (usize, usize),
+    order: &[usize],
     host: &mut dyn Host,
     display: &mut dyn Display,
 ) -> Result<Work, CliError> {
@@ -238,16 +241,13 @@ fn open(
     }
     let first_seed = first_seed(args, prepared);
     let seeds = seeds_of(&experiment, &args.seeds, first_seed);
-    let ordered = ordered(args.order, prepared);
-    let keys = seeds.iter().flat_map(|&seed| {
-        ordered.iter().map(move |item| JobKey {
-            item_id: item.id.clone(),
-            seed,
-            sample: 0,
-        })
-    });
-    let (done, todo): (Vec<JobKey>, Vec<JobKey>) = keys.partition(|key| writer.is_done(key));
-    let total = (done.len() + todo.len()) as u64;
+    let todo: Vec<(u64, usize)> = seeds
+        .iter()
+        .flat_map(|&seed| order.iter().map(move |&place| (seed, place)))
+        .filter(|&(seed, place)| !writer.is_done(&key(&prepared.items[place], seed)))
+        .collect();
+    let total = (seeds.len() * order.len()) as u64;
+    let done = total - todo.len() as u64;
     let schedules = if experiment.same_exits {
         schedules(prepared.dir.root())?
     } else {
@@ -277,11 +277,11 @@ fn open(
             index: place.0,
             cells: place.1,
             total,
-            done: done.len() as u64,
+            done,
         },
         progress: CellProgress {
             id,
-            done: done.len() as u64,
+            done,
             total,
             session: 0,
             correct: 0,
@@ -309,18 +309,23 @@ fn first_seed(args: &RunArgs, prepared: &Prepared) -> u64 {
     recorded.unwrap_or(args.seeds[0])
 }
 
-/// The items in the order in which they are admitted.
-fn ordered(order: Order, prepared: &Prepared) -> Vec<&Item> {
-    let mut ordered: Vec<&Item> = prepared.items.iter().collect();
+/// The places of the items in the order in which they are admitted.
+fn ordered(order: Order, lengths: &[u32]) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..lengths.len()).collect();
     match order {
         Order::Given => {}
-        Order::Reversed => ordered.reverse(),
-        Order::Longest => {
-            let length = |item: &&Item| prepared.prompt_lengths.get(&item.id).copied();
-            ordered.sort_by_key(|item| std::cmp::Reverse(length(item)));
-        }
+        Order::Reversed => places.reverse(),
+        Order::Longest => places.sort_by_key(|&place| std::cmp::Reverse(lengths[place])),
     }
-    ordered
+    places
+}
+
+fn key(item: &Item, seed: u64) -> JobKey {
+    JobKey {
+        item_id: item.id.clone(),
+        seed,
+        sample: 0,
+    }
 }
 
 /// Runs what is left of several cells in one batch; `None` if nothing was.
@@ -332,44 +337,49 @@ fn together(
     host: &mut dyn Host,
     display: &mut dyn Display,
 ) -> Result<Option<(RunStats, Vec<Share>)>, CliError> {
+    let order = ordered(args.order, &prepared.prompt_lengths);
     let mut works = Vec::with_capacity(batch.len());
     let mut configs = Vec::with_capacity(batch.len());
     for (at, experiment) in batch {
         configs.push(experiment.loop_config(&prepared.placement)?);
         let place = (at + 1, count);
-        works.push(open(args, prepared, experiment, place, host, display)?);
+        works.push(open(
+            args, prepared, experiment, place, &order, host, display,
+        )?);
     }
     let items: HashMap<&str, &Item> = prepared.items.iter().map(|i| (i.id.as_str(), i)).collect();
     let first_seed = first_seed(args, prepared);
-    let traced: Vec<&str> = prepared
-        .items
-        .iter()
-        .take(args.traces)
-        .map(|i| i.id.as_str())
-        .collect();
     let bench = prepared.bench.clone();
     let seating = &prepared.seating;
-    let mut queue = Vec::new();
-    for (config, work) in works.iter_mut().enumerate() {
-        for key in std::mem::take(&mut work.todo) {
-            let followed = work.experiment.same_exits;
-            let schedule = followed.then(|| schedule_of(&work.schedules, &key));
-            queue.push((config, key, schedule.flatten()));
-        }
-    }
-    let empty = queue.is_empty();
+    let left: Vec<Vec<(u64, usize)>> = works.iter_mut().map(|w| take(&mut w.todo)).collect();
+    let empty = left.iter().all(Vec::is_empty);
+    let schedules: Vec<Option<HashMap<JobKey, Schedule>>> = works
+        .iter_mut()
+        .map(|work| {
+            work.experiment
+                .same_exits
+                .then(|| take(&mut work.schedules))
+        })
+        .collect();
     let admitted: Vec<Cell<u64>> = works.iter().map(|_| Cell::new(0)).collect();
-    let mut jobs = queue.into_iter().filter_map(|(config, key, schedule)| {
-        let item = items.get(key.item_id.as_str())?;
+    let samples = left
+        .into_iter()
+        .enumerate()
+        .flat_map(|(config, left)| left.into_iter().map(move |sample| (config, sample)));
+    let mut jobs = samples.map(|(config, (seed, place))| {
+        let item = &prepared.items[place];
+        let key = key(item, seed);
         admitted[config].set(admitted[config].get() + 1);
-        Some(Job {
+        Job {
             prompts: seating.prompts(&bench.prompt(item)),
-            trace: key.seed == first_seed && traced.contains(&key.item_id.as_str()),
+            trace: seed == first_seed && place < args.traces,
             config: config as u32,
-            schedule,
+            schedule: schedules[config]
+                .as_ref()
+                .and_then(|schedules| schedule_of(schedules, &key)),
             rival: None,
             key,
-        })
+        }
     });
     let mut sink = Recorder {
         bench: prepared.bench.name(),

@@ -75,6 +75,31 @@ pub struct RowReadout {
     pub tempered: Vec<Vec<f64>>,
 }
 
+impl RowReadout {
+    /// Empties everything but the nested buffers, which the next row refills.
+    pub fn clear(&mut self) {
+        self.finite.clear();
+        self.entropies.clear();
+        self.merged_entropy = 0.0;
+        self.merged = false;
+        self.agreed = false;
+        self.ids.clear();
+        self.probs.clear();
+        self.mass = 0.0;
+        self.role_mass = 0.0;
+        self.drawn = None;
+        self.target_logprobs.clear();
+        self.tempered.clear();
+    }
+
+    /// Leaves nothing of a failed row, which was cleared before, but its flags.
+    pub fn fail(&mut self) {
+        self.merged = false;
+        self.per_agent.clear();
+        self.per_agent_target_logprobs.clear();
+    }
+}
+
 /// Buffers reused from row to row.
 #[derive(Clone, Debug, Default)]
 pub struct Scratch {
@@ -117,7 +142,7 @@ pub fn read_row(
 ) {
     let vocab = experts.iter().map(|row| row.len()).min().unwrap_or(0);
     debug_assert!(experts.iter().all(|row| row.len() == vocab));
-    clear(out);
+    out.clear();
     let Scratch {
         single,
         stats: expert_stats,
@@ -131,7 +156,7 @@ pub fn read_row(
     expert_stats.extend(experts.iter().map(|row| stats(&row[..vocab])));
     out.finite.extend(expert_stats.iter().map(|s| s.finite));
     if experts.is_empty() || out.finite.contains(&false) {
-        return fail(out);
+        return out.fail();
     }
 
     centred.clear();
@@ -142,7 +167,7 @@ pub fn read_row(
         out.finite[index] = centred[index * vocab..].iter().all(|v| v.is_finite());
     }
     if out.finite.contains(&false) {
-        return fail(out);
+        return out.fail();
     }
     *single = experts.len() == 1;
     let merged: &[f32] = if *single {
@@ -162,7 +187,7 @@ pub fn read_row(
     let merged_stats = stats(merged);
     if !merged_stats.finite {
         out.finite.fill(false);
-        return fail(out);
+        return out.fail();
     }
 
     out.entropies.extend(expert_stats.iter().map(|s| s.entropy));
@@ -215,7 +240,6 @@ pub fn read_row(
         );
     }
 
-    out.tempered.clear();
     if let Some(Tempered {
         target,
         temperatures,
@@ -246,28 +270,6 @@ fn log_probs(row: &[f32], s: &Stats, targets: &[u32], out: &mut Vec<f64>) {
         row.get(id as usize)
             .map_or(f64::NEG_INFINITY, |&z| f64::from(z) - s.log_z)
     }));
-}
-
-/// Empties everything but the nested buffers, which the row refills.
-fn clear(out: &mut RowReadout) {
-    out.finite.clear();
-    out.entropies.clear();
-    out.merged_entropy = 0.0;
-    out.merged = false;
-    out.agreed = false;
-    out.ids.clear();
-    out.probs.clear();
-    out.mass = 0.0;
-    out.role_mass = 0.0;
-    out.drawn = None;
-    out.target_logprobs.clear();
-}
-
-fn fail(out: &mut RowReadout) {
-    out.merged = false;
-    out.per_agent.clear();
-    out.per_agent_target_logprobs.clear();
-    out.tempered.clear();
 }
 
 /// How far one next-token distribution is from another.

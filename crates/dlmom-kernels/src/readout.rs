@@ -1,8 +1,8 @@
 //! The readout from what the passes leave.
 
-use dlmom_core::{Request, RowReadout, Stats, exp::exp_nonpositive};
+use dlmom_core::{Request, RowReadout, Stats, by_value_then_id, exp::exp_nonpositive};
 
-use crate::best::{Best, by_value_then_id};
+use crate::best::Best;
 use crate::merge::{Formula, MAX_EXPERTS, Only, Operator};
 use crate::scan::Merging;
 
@@ -125,26 +125,4 @@ fn merged_at(merging: &Merging<'_>, id: u32) -> Option<f32> {
         Operator::Sum(sum) => sum.merge(votes),
         Operator::Arith(arith) => arith.merge(votes),
     })
-}
-
-/// Empties everything but the nested buffers, which the row refills.
-pub(crate) fn clear(out: &mut RowReadout) {
-    out.finite.clear();
-    out.entropies.clear();
-    out.merged_entropy = 0.0;
-    out.merged = false;
-    out.agreed = false;
-    out.ids.clear();
-    out.probs.clear();
-    out.mass = 0.0;
-    out.role_mass = 0.0;
-    out.drawn = None;
-    out.target_logprobs.clear();
-    out.tempered.clear();
-}
-
-/// A failed row says nothing but which expert failed.
-pub(crate) fn fail(out: &mut RowReadout) {
-    out.per_agent.clear();
-    out.per_agent_target_logprobs.clear();
 }

@@ -7,7 +7,7 @@ use crate::block::Part;
 use crate::hands::Hands;
 use crate::logits::{BLOCK, Logits};
 use crate::merge::{Centre, MAX_EXPERTS, Operator, Plan};
-use crate::readout::{Own, clear, collect, fail, read_ids, read_own, read_top};
+use crate::readout::{Own, collect, read_ids, read_own, read_top};
 use crate::scan::{Chunk, EXACT, Exact, Merging, scan_exact, scan_expert, scan_merged};
 
 /// Rows of fewer blocks are read before a helper has woken up.
@@ -81,7 +81,7 @@ pub(crate) fn read_row(
     let (Some(mut plan), true, None) = (plan, vocab > 0, request.tempered) else {
         return by_reference(task, vocab, preferences, scratch, out);
     };
-    clear(out);
+    out.clear();
     let count = experts.len();
     let hands = if vocab < SPLIT * BLOCK {
         Hands::alone(hands.tier)
@@ -111,7 +111,7 @@ pub(crate) fn read_row(
         out.finite.push(own.stats.finite);
     }
     if out.finite.contains(&false) {
-        return fail(out);
+        return out.fail();
     }
     let mut centres = [Centre::default(); MAX_EXPERTS];
     let mut magnitudes = [0.0_f32; MAX_EXPERTS];
@@ -129,7 +129,7 @@ pub(crate) fn read_row(
         centres[index] = centre;
     }
     if out.finite.contains(&false) {
-        return fail(out);
+        return out.fail();
     }
     if let Operator::Arith(arith) = &mut plan.operator {
         scan_exactly(hands, layout, experts, owns, &mut scratch.exact);

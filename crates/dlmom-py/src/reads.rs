@@ -206,45 +206,37 @@ impl Answer {
     /// Fills the readout of the read's row `at`, as [`dlmom_core::read_row`] would.
     pub fn fill(&self, at: usize, row: &Row<'_>, out: &mut RowReadout) {
         let experts = at * self.experts..(at + 1) * self.experts;
-        out.finite.clear();
+        out.clear();
         let finite = self.finite[experts.clone()].iter().map(|&flag| flag != 0);
         out.finite.extend(finite);
         if out.finite.contains(&false) {
-            *out = RowReadout {
-                finite: std::mem::take(&mut out.finite),
-                ..RowReadout::default()
-            };
-            return;
+            return out.fail();
         }
         let top = at * self.top..(at + 1) * self.top;
         let wanted = row.want.targets.map_or(0, <[u32]>::len);
-        refill(&mut out.entropies, &self.entropies[experts.clone()]);
+        out.entropies
+            .extend_from_slice(&self.entropies[experts.clone()]);
         out.merged_entropy = self.merged_entropy[at];
         out.merged = self.experts > 1;
         out.agreed = self.agreed[at] != 0;
-        refill(&mut out.ids, &self.ids[top.clone()]);
-        refill(&mut out.probs, &self.probs[top]);
+        out.ids.extend_from_slice(&self.ids[top.clone()]);
+        out.probs.extend_from_slice(&self.probs[top]);
         out.mass = self.mass[at];
         out.role_mass = self.role_mass[at];
         // A plain row that draws takes its most probable token.
         out.drawn = row.want.draw.map(|_| self.best[at]);
         let logs = &self.target_logprobs[at * self.targets..][..wanted];
-        refill(&mut out.target_logprobs, logs);
+        out.target_logprobs.extend_from_slice(logs);
         out.per_agent.resize_with(self.experts, Vec::new);
         out.per_agent.iter_mut().for_each(Vec::clear);
         let of_agents = &mut out.per_agent_target_logprobs;
         of_agents.resize_with(self.experts, Vec::new);
         for (own, expert) in of_agents.iter_mut().zip(experts) {
             let logs = &self.agent_target_logprobs[expert * self.targets..][..wanted];
-            refill(own, logs);
+            own.clear();
+            own.extend_from_slice(logs);
         }
-        out.tempered.clear();
     }
-}
-
-fn refill<T: Copy>(list: &mut Vec<T>, values: &[T]) {
-    list.clear();
-    list.extend_from_slice(values);
 }
 
 fn f64s(bytes: &[u8]) -> Vec<f64> {

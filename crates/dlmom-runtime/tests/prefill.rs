@@ -7,7 +7,8 @@ mod common;
 use common::{
     Collect, Recorder, VOCAB, config, fed_tokens, job, lane, pair, run_into, timeless_all,
 };
-use dlmom_core::Gate;
+use dlmom_core::consensus::Views;
+use dlmom_core::{Consensus, ConsensusSpec, Gate, Method, Weights};
 use dlmom_runtime::{
     Follow, Handoff, Hooks, Job, LoopConfig, MockBackend, PromptSource, Rival, RunOptions,
     RunStats, Share, Stop, run_shared,
@@ -281,4 +282,45 @@ fn every_slot_is_in_use_until_the_last_sample_is_admitted() {
         assert_eq!(rows, steps * u64::from(slots));
         assert!(steps > 0 && steps <= stats.steps);
     }
+}
+
+/// Operators that say something of every agent, or that are somebody's own, meet all of them or are not asked.
+#[test]
+fn consensus_is_asked_of_whole_rows_only() {
+    struct Counting;
+    impl Consensus for Counting {
+        fn name(&self) -> &'static str {
+            "counting"
+        }
+        fn merge(&self, views: &Views<'_>, out: &mut [f32]) -> bool {
+            assert_eq!(views.centred.len(), 3);
+            out.copy_from_slice(views.centred[2]);
+            true
+        }
+    }
+    let job = || vec![long(0, &[1200, 40, 600])];
+    for method in [Method::Mean, Method::Arith, Method::Poe, Method::Best] {
+        let mut cfg = config(Gate::Threshold, 0.5);
+        cfg.consensus = ConsensusSpec::of(method);
+        if method != Method::Best {
+            cfg.consensus.weights = Weights::Fixed(vec![1.0, 2.0, 3.0]);
+        }
+        let run = go(&mut backend(3, 1), &cfg, job());
+        assert_eq!(run.one().error, None, "{method:?}");
+    }
+    let cfg = config(Gate::Threshold, 0.5);
+    let hooks = Hooks {
+        consensus: Some(Box::new(Counting)),
+        ..Hooks::default()
+    };
+    let configs = std::slice::from_ref(&cfg);
+    let run = run_into(
+        Collect::default(),
+        &mut backend(3, 1),
+        configs,
+        hooks,
+        job(),
+    )
+    .unwrap();
+    assert_eq!(run.one().error, None);
 }

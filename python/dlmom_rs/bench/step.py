@@ -87,6 +87,8 @@ def _loop(
     config = models.loop_config(
         ensemble, gate=gate, max_latent_steps=steps, max_steps=steps, answer_reserve=0, cap=-1
     )
+    # What crosses between two models; agents of one would have their mixtures computed apart.
+    config["link"]["message"] = "belief"
 
     def work() -> None:
         stats = models.run(ensemble, sources, config, len(sources))

@@ -383,7 +383,7 @@ class Engine:
         reader = self._reader
         if reads is not None and reader is None:
             raise ValueError("nothing is read here: consensus runs on the host")
-        staying = check_reads(reads or (), parsed)
+        staying = check_reads(reads, parsed) if reads else frozenset[int]()
         logits: dict[int, Logits] = {call.agent: Logits() for call in parsed}
         readouts: list[RawReadout] = []
         saved = [
@@ -474,8 +474,11 @@ class Engine:
         lanes = self._lanes[call.agent]
         expert = lanes.expert
         vocab = expert.vocabulary.size
-        spans = [lanes.span(slot, self._inputs(expert, feed)) for slot, feed in call.spans]
-        span_logits = torch.stack(spans) if spans else torch.empty(0, vocab)
+        span_logits = torch.empty(0, vocab)
+        if call.spans:
+            spans = [lanes.span(slot, self._inputs(expert, feed)) for slot, feed in call.spans]
+            slots = [slot for slot, _ in call.spans]
+            span_logits = _parted(slots, torch.stack(spans), vocab, staying, kept)
         step_logits: Tensor | None = None
         if call.step is not None:
             x = self._inputs(expert, call.step)
@@ -484,8 +487,7 @@ class Engine:
                 x = x.index_copy(0, at, self._inputs(expert, values))
             step_logits = lanes.step(call.step_slots, x)
             step_logits = _parted(call.step_slots, step_logits, vocab, staying, kept)
-        span_slots = [slot for slot, _ in call.spans]
-        return _parted(span_slots, span_logits, vocab, staying, kept), step_logits
+        return span_logits, step_logits
 
     def _inputs(self, expert: Expert, feed: Entries | Values) -> Tensor:
         """Input embeddings [n, hidden] of packets or of messages that are none."""

@@ -118,7 +118,11 @@ impl Session {
                     slot,
                     feeds,
                     merge: fed,
-                    consensus: plan.consensus(hook),
+                    consensus: if active.is_due() {
+                        plan.consensus(hook)
+                    } else {
+                        &self.unread
+                    },
                     want: self.want(active, self.compared_with(active, slots)),
                 }
             })

@@ -10,7 +10,7 @@ pub(crate) mod plan;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use dlmom_core::{Consensus, ControllerFailure, Decision, RowReadout, Rule};
+use dlmom_core::{Consensus, ConsensusSpec, ControllerFailure, Decision, Method, RowReadout, Rule};
 use dlmom_packet::BeliefPacket;
 
 use crate::backend::{Backend, BackendError, EnsembleInfo, LaneSpec, ModelInfo, Readout};
@@ -179,7 +179,7 @@ pub struct RunStats {
     pub steps: u64,
     /// Rows advanced, summed over calls; `rows / (steps * slots)` is the occupancy.
     pub rows: u64,
-    /// Calls and rows up to the last admission, when there were samples for every slot.
+    /// Calls and rows until a slot stayed free because no sample was left.
     pub full: (u64, u64),
     /// Seconds inside the backend.
     pub backend_s: f64,
@@ -407,6 +407,8 @@ pub struct Session {
     /// A job that waits for more free slots than there are.
     waiting: Option<Job>,
     stats: RunStats,
+    /// Merges rows of which nobody reads the merged preferences: an operator may want all agents, or be a user's own.
+    unread: ConsensusSpec,
     /// By configuration.
     shares: Vec<Share>,
     /// Samples admitted so far.
@@ -453,6 +455,7 @@ impl Session {
                 .clamp(1, info.slots.max(1)))
                 .map(|_| None)
                 .collect(),
+            unread: ConsensusSpec::of(Method::Mean),
             shares: vec![Share::default(); plans.len()],
             admitted: 0,
             prefill: options.prefill,
