@@ -29,5 +29,5 @@ pub use spec::{
     MergeGate, Method, NoiseSpec, SamplingSpec, Start, Tie, TriggerSpec, Trim, WeightRule, Weights,
 };
 pub use stream::{Purpose, Stream, sample_key};
-pub use topk::{by_value_then_id, top_k};
+pub use topk::top_k;
 pub use validate::SpecError;

@@ -3,8 +3,11 @@
 use std::cmp::Ordering;
 
 /// The order of every list in the project: value descending, then id ascending. NaN comes last.
-#[must_use]
-pub fn by_value_then_id(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the shape of a sort's comparison"
+)]
+pub(crate) fn by_value_then_id(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
     match b.1.partial_cmp(&a.1) {
         Some(order) => order,
         None => a.1.is_nan().cmp(&b.1.is_nan()),

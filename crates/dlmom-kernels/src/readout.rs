@@ -1,8 +1,8 @@
 //! The readout from what the passes leave.
 
-use dlmom_core::{Request, RowReadout, Stats, by_value_then_id, exp::exp_nonpositive};
+use dlmom_core::{Request, RowReadout, Stats, exp::exp_nonpositive};
 
-use crate::best::Best;
+use crate::best::{Best, by_value_then_id};
 use crate::merge::{Formula, MAX_EXPERTS, Only, Operator};
 use crate::scan::Merging;
 
