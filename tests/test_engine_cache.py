@@ -99,7 +99,7 @@ def alone(engine: Engine, life: Life) -> list[Tensor]:
             ids, probs, k = encode_packets(packets)
             x = embed(
                 expert.embeddings,
-                np.frombuffer(ids, "<u4").reshape(-1, k).astype(np.int64),
+                np.frombuffer(ids, "<i8").reshape(-1, k),
                 np.frombuffer(probs, "<f4").reshape(-1, k),
                 torch.device("cpu"),
             )
@@ -251,6 +251,35 @@ def test_waiting_lanes_are_untouched_even_when_full(engine: Engine) -> None:
     engine.close([0, 3])
 
 
+def test_sets_of_slots_that_change_from_step_to_step(engine: Engine) -> None:
+    """Inputs and positions are kept between steps; nothing of another set of slots stays in them."""
+    lanes = {slot: [slot + 1, slot + 2] for slot in range(engine.info()["slots"])}
+    everyone = list(lanes)
+    sets = [everyone, [2, 0], [5], [0, 1, 2], everyone, [2, 0], [6, 7], everyone[::-1], [5]]
+
+    def run(only: int | None) -> dict[int, list[Tensor]]:
+        found: dict[int, list[Tensor]] = {slot: [] for slot in lanes}
+        chosen = everyone if only is None else [only]
+        engine.open([(slot, 0, 40) for slot in chosen])
+        for slot in chosen:
+            prefill(engine, slot, printed(lanes[slot]))
+        for turn, slots in enumerate(sets):
+            rows: dict[int, Packet] = {
+                slot: [(3 * turn + slot, 0.5), (7, 0.5)] for slot in slots if slot in chosen
+            }
+            if rows:
+                for slot, logits in advance(engine, rows).items():
+                    found[slot].append(logits.clone())
+        engine.close(chosen)
+        return found
+
+    together = run(None)
+    for slot in (0, 2, 5, 7):
+        alone = run(slot)[slot]
+        assert len(alone) > 2
+        assert all(torch.equal(a, b) for a, b in zip(together[slot], alone, strict=True))
+
+
 def rows_of(engine: Engine, agent: int = 0) -> list[Any]:
     lanes = engine._lanes[agent]
     assert isinstance(lanes, RowSlotLanes)
@@ -379,7 +408,8 @@ def test_calls_are_checked_before_anything_moves(engine: Engine) -> None:
         "outside the vocabulary": (0, [], step({0: [(1, 1.0)], 1: [(VOCAB, 1.0)]}), []),
         "no open lane": (0, [], step({1: [(1, 1.0)], 2: [(1, 1.0)]}), []),
         "outside 0..": (0, [], step({1: [(1, 1.0)], 99: [(1, 1.0)]}), []),
-        "need 8 bytes": (0, [(1, ids, probs, 2, k, None)], None, []),
+        "token -1 is outside": (0, [], step({1: [(-1, 1.0)]}), []),
+        "need 16 bytes of ids": (0, [(1, ids, probs, 2, k, None)], None, []),
         "at least one row": (0, [(1, ids, probs, 0, k, None)], None, []),
         "agent 4 is outside": (4, [], None, []),
     }

@@ -10,8 +10,9 @@ use half::{bf16, f16};
 use pyo3::exceptions::{
     PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PySystemExit, PyTypeError, PyValueError,
 };
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyTuple};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString, PyTuple};
 
 use crate::reads::{Answer, Read, plan};
 
@@ -76,16 +77,28 @@ impl Borrowed {
     /// Borrows a CPU tensor of shape `[rows, vocab]`: float32, bfloat16 or float16, rows contiguous, one behind the
     /// other or further apart.
     pub fn new(tensor: &Bound<'_, PyAny>, rows: usize, vocab: usize) -> PyResult<Self> {
-        let shape: Vec<usize> = tensor.getattr("shape")?.extract()?;
-        let strides: Vec<usize> = tensor.call_method0("stride")?.extract()?;
-        let dtype = tensor.getattr("dtype")?.to_string();
-        let device: String = tensor.getattr("device")?.getattr("type")?.extract()?;
-        let address: usize = tensor.call_method0("data_ptr")?.extract()?;
+        let py = tensor.py();
+        let sizes = |value: Bound<'_, PyAny>| -> PyResult<Vec<usize>> {
+            value
+                .cast::<PyTuple>()?
+                .iter()
+                .map(|n| n.extract())
+                .collect()
+        };
+        let shape = sizes(tensor.getattr(intern!(py, "shape"))?)?;
+        let strides = sizes(tensor.call_method0(intern!(py, "stride"))?)?;
+        let dtype = tensor.getattr(intern!(py, "dtype"))?.str()?;
+        let dtype = dtype.to_str()?;
+        let device = tensor
+            .getattr(intern!(py, "device"))?
+            .getattr(intern!(py, "type"))?;
+        let device = device.cast::<PyString>()?.to_str()?;
+        let address: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
         // The stride of a dimension of one element means nothing.
         let fits = shape == [rows, vocab]
             && (vocab <= 1 || strides[1] == 1)
             && (rows <= 1 || strides[0] >= vocab);
-        let (Some(data), true, "cpu") = (Data::new(&dtype, address), fits, device.as_str()) else {
+        let (Some(data), true, "cpu") = (Data::new(dtype, address), fits, device) else {
             return Err(PyTypeError::new_err(format!(
                 "logits must be a CPU tensor of shape [{rows}, {vocab}], float32, bfloat16 or float16, with contiguous rows; got {dtype} {shape:?} with strides {strides:?} on {device}",
             )));
@@ -161,7 +174,7 @@ struct Values {
     bytes: Vec<u8>,
 }
 
-/// Row-major `[positions, k]` ids (u32) and probabilities (f32), little-endian.
+/// Row-major `[positions, k]` ids (i64, which is what tables are indexed by) and probabilities (f32), little-endian.
 #[derive(Default)]
 struct Packed {
     ids: Vec<u8>,
@@ -186,14 +199,14 @@ impl Packed {
         let mut last = 0;
         let mut count = 0;
         for (id, p) in entries.take(self.k) {
-            self.ids.extend_from_slice(&id.to_le_bytes());
+            self.ids.extend_from_slice(&i64::from(id).to_le_bytes());
             self.probs.extend_from_slice(&p.to_le_bytes());
             last = id;
             count += 1;
         }
         // Padding repeats a valid id at probability 0, so that a gather stays in range.
         for _ in count..self.k {
-            self.ids.extend_from_slice(&last.to_le_bytes());
+            self.ids.extend_from_slice(&i64::from(last).to_le_bytes());
             self.probs.extend_from_slice(&0.0_f32.to_le_bytes());
         }
         self.positions += 1;
@@ -388,13 +401,13 @@ impl PyBackend {
         }
         let engine = self.engine.bind(py);
         if reads.is_empty() {
-            return engine.call_method1("advance", (list,));
+            return engine.call_method1(intern!(py, "advance"), (list,));
         }
         let raw = PyList::empty(py);
         for read in reads {
             read.append_to(&raw, &self.info, rows)?;
         }
-        engine.call_method1("advance", (list, raw))
+        engine.call_method1(intern!(py, "advance"), (list, raw))
     }
 
     /// Takes the engine's answer apart: each agent's logits, and what was read.

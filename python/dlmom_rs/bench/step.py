@@ -55,7 +55,7 @@ def _bare(engine: Any, rows: int, k: int) -> Callable[[], object]:
                 assert isinstance(lanes, RowSlotLanes)
                 for slot in slots:
                     lanes.open(slot, 512)
-                    lanes.get(slot).length = PROMPT
+                    lanes.lengths[slot] = PROMPT
             for _ in range(LONG - SHORT):
                 for lanes, (ids, probs) in zip(engine._lanes, packets, strict=True):
                     x = embed(lanes.expert.embeddings, ids, probs, engine._device)

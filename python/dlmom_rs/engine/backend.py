@@ -9,6 +9,7 @@ of them on the device. A lane's bits depend only on what was fed to that lane wh
 import os
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -28,12 +29,25 @@ from .embed import embed, embed_dense
 from .errors import ModelError
 from .experts import Expert, load_expert, one_line
 from .lanes import Lanes, PerRowLanes, RowSlotLanes
-from .packets import Call, Entries, RawCall, Values, read_call, read_entries
+from .packets import NOBODY, Call, Entries, RawCall, Values, read_call, read_entries
 from .reads import Logits, RawRead, RawReadout, Reader, check_reads, choose
 from .selftest import invariance_failure, reference_failure
 
-#: One agent's logits on the host: (span_logits [spans, V], step_logits [rows, V] or None).
-Answer = tuple[Tensor, Tensor | None]
+#: One agent's logits on the host: (span_logits [spans, V], step_logits [rows, V]), None for none.
+Answer = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(slots=True)
+class Launched:
+    """What one agent's forwards leave on the device.
+
+    ``spans`` are the logits [head rows] of each span, ``step`` [r, head rows] those of the step, if
+    there is one; ``states`` the hidden states that are kept, by slot.
+    """
+
+    spans: list[Tensor]
+    step: Tensor | None
+    states: dict[int, Tensor]
 
 
 class Engine:
@@ -65,6 +79,8 @@ class Engine:
         self._aligners: dict[int, Aligner] = {}
         #: Reads rows on the device; None where all logits go to the host.
         self._reader: Reader | None = None
+        # Entered at every step; making one anew costs more than entering it.
+        self._frozen = torch.inference_mode()
 
     @staticmethod
     def load(
@@ -328,7 +344,7 @@ class Engine:
 
     def length(self, slot: int, agent: int) -> int:
         """The positions a lane holds; ValueError for a closed one."""
-        return self._agent(agent).get(slot).length
+        return self._agent(agent).length(slot)
 
     def memory(self) -> dict[str, int]:
         """Bytes in use. The device counts are 0 on a CPU, where all is resident memory."""
@@ -354,15 +370,15 @@ class Engine:
         One call per agent that moves: ``(agent, spans, step, hidden)``. A span ``(slot, ids, probs,
         n, k, payload)`` appends n packets to one lane and is forwarded alone at its exact length;
         the step ``(slots, ids, probs, k, payloads)`` appends one packet to each of its slots in one
-        forward. ids are little-endian u32, probs f32, row-major [n, k]; padding entries have
+        forward. ids are little-endian i64, probs f32, row-major [n, k]; padding entries have
         probability 0 and a valid id. Payloads are embeddings or whole-vocabulary probabilities in
         place of packets, see ``packets.RawSpan`` and ``packets.RawStep``. The slots in ``hidden``
         keep the hidden state of their last position for :meth:`hidden`; the others of this call
         forget theirs.
 
-        Returns per call ``(span_logits [spans, V], step_logits [rows, V] or None)``: on the host in
-        the model's dtype, rows contiguous, the real vocabulary only, in the order given. A lane
-        that produced NaN returns NaN in its row and leaves the others alone.
+        Returns per call ``(span_logits [spans, V], step_logits [rows, V])``, None where there is no
+        row: on the host in the model's dtype, rows contiguous, the real vocabulary only, in the
+        order given. A lane that produced NaN returns NaN in its row and leaves the others alone.
 
         ``reads`` names rows whose consensus runs on the device, see ``reads.RawRead``. The logits
         of their slots, of every agent, are then left out of what is returned, and a list of
@@ -383,51 +399,54 @@ class Engine:
         reader = self._reader
         if reads is not None and reader is None:
             raise ValueError("nothing is read here: consensus runs on the host")
-        staying = check_reads(reads, parsed) if reads else frozenset[int]()
-        logits: dict[int, Logits] = {call.agent: Logits() for call in parsed}
+        staying = check_reads(reads, parsed) if reads else NOBODY
+        kept: dict[int, Logits] = {call.agent: Logits() for call in parsed} if staying else {}
         readouts: list[RawReadout] = []
-        saved = [
-            (lanes, lanes.save(slot for slot, _ in call.appended()))
-            for call in parsed
-            for lanes in (self._lanes[call.agent],)
-        ]
-        with torch.inference_mode():
+        saved = [(call, self._lanes[call.agent].save()) for call in parsed]
+        with self._frozen:
             try:
-                answers = [self._run(call, staying, logits[call.agent]) for call in parsed]
+                # Every agent's forward is launched before anything waits for one.
+                launched = [self._forward(call) for call in parsed]
+                answers = [
+                    self._leaving(call, found, staying, kept)
+                    for call, found in zip(parsed, launched, strict=True)
+                ]
                 if reader is not None and reads is not None:
-                    readouts = reader.read(reads, logits, self._device)
+                    readouts = reader.read(reads, kept, self._device)
             except BaseException:
-                for lanes, positions in saved:
-                    lanes.restore(positions)
+                for call, lengths in saved:
+                    self._lanes[call.agent].restore(lengths, call.slots())
                 raise
-        for call, (_, _, states) in zip(parsed, answers, strict=True):
+        for call, found in zip(parsed, launched, strict=True):
             held = self._lanes[call.agent].hidden
-            for slot, _ in call.appended():
-                held.pop(slot, None)
-            held.update(states)
-        returned = [(spans, step) for spans, step, _ in answers]
-        return returned if reads is None else (returned, readouts)
+            if held:
+                for slot in call.slots():
+                    held.pop(slot, None)
+            if found.states:
+                held.update(found.states)
+        return answers if reads is None else (answers, readouts)
 
-    def _run(
-        self, call: Call, staying: AbstractSet[int], kept: Logits
-    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
-        """One agent's logits, and the hidden states it was asked to keep, by slot.
-
-        Logits of the slots in ``staying`` go to ``kept`` instead.
-        """
-        expert = self._lanes[call.agent].expert
+    def _forward(self, call: Call) -> Launched:
+        """One agent's logits where its forwards leave them, and the hidden states it is to keep."""
+        lanes = self._lanes[call.agent]
+        expert = lanes.expert
         expert.captured = [] if call.hidden else None
         try:
-            spans, step = self._forward(call, staying, kept)
-            states = expert.captured or []
+            spans = [lanes.span(slot, self._inputs(expert, feed)) for slot, feed in call.spans]
+            step: Tensor | None = None
+            if call.step is not None:
+                x = self._inputs(expert, call.step)
+                for rows, values in call.payloads:
+                    at = torch.tensor(rows, dtype=torch.int64, device=self._device)
+                    x = x.index_copy(0, at, self._inputs(expert, values))
+                step = lanes.step(call.step_slots, x)
+            states = self._kept(call, expert.captured) if expert.captured else {}
         finally:
             expert.captured = None
-        return spans, step, self._kept(call, states)
+        return Launched(spans, step, states)
 
     def _kept(self, call: Call, states: list[Tensor]) -> dict[int, Tensor]:
         """Hidden states by slot, from what the forwards of a call left, in order."""
-        if not call.hidden:
-            return {}
         lanes = self._lanes[call.agent]
         kept: dict[int, Tensor] = {}
         found = iter(states)
@@ -442,6 +461,25 @@ class Engine:
             for slot in call.step_slots:
                 kept[slot] = next(found)[0]
         return {slot: state.clone() for slot, state in kept.items() if slot in call.hidden}
+
+    def _leaving(
+        self,
+        call: Call,
+        found: Launched,
+        staying: AbstractSet[int],
+        kept: dict[int, Logits],
+    ) -> Answer:
+        """One agent's logits on the host; those of the slots in ``staying`` go to ``kept``."""
+        vocab = self._lanes[call.agent].expert.vocabulary.size
+        of = kept.get(call.agent)
+        spans: Tensor | None = None
+        if found.spans:
+            slots = [slot for slot, _ in call.spans]
+            spans = _parted(slots, torch.stack(found.spans), vocab, staying, of)
+        step = found.step
+        if step is not None:
+            step = _parted(call.step_slots, step, vocab, staying, of)
+        return spans, step
 
     def hidden(self, lanes: list[tuple[int, int]], ridge: bool) -> tuple[bytes, int]:
         """Aligned hidden states of lanes (slot, agent) of one model, see :mod:`.align`.
@@ -468,26 +506,6 @@ class Engine:
             aligned = self._aligners[model](torch.stack(states), ridge)
             values = aligned.to(device="cpu", dtype=torch.float32).numpy()
         return values.astype("<f4").tobytes(), values.shape[1]
-
-    def _forward(self, call: Call, staying: AbstractSet[int], kept: Logits) -> Answer:
-        """One agent's logits; those of the slots in ``staying`` go to ``kept`` instead."""
-        lanes = self._lanes[call.agent]
-        expert = lanes.expert
-        vocab = expert.vocabulary.size
-        span_logits = torch.empty(0, vocab)
-        if call.spans:
-            spans = [lanes.span(slot, self._inputs(expert, feed)) for slot, feed in call.spans]
-            slots = [slot for slot, _ in call.spans]
-            span_logits = _parted(slots, torch.stack(spans), vocab, staying, kept)
-        step_logits: Tensor | None = None
-        if call.step is not None:
-            x = self._inputs(expert, call.step)
-            for rows, values in call.payloads:
-                at = torch.tensor(rows, dtype=torch.int64, device=self._device)
-                x = x.index_copy(0, at, self._inputs(expert, values))
-            step_logits = lanes.step(call.step_slots, x)
-            step_logits = _parted(call.step_slots, step_logits, vocab, staying, kept)
-        return span_logits, step_logits
 
     def _inputs(self, expert: Expert, feed: Entries | Values) -> Tensor:
         """Input embeddings [n, hidden] of packets or of messages that are none."""
@@ -544,13 +562,17 @@ class Engine:
 
     def _check_room(self, call: Call) -> None:
         lanes = self._lanes[call.agent]
+        step = call.step_slots
+        known = not step or (min(step) >= 0 and max(step) < self._slots)
+        if known and not call.spans and lanes.have_room(step):
+            return
         for slot, count in call.appended():
             self._check_slot(slot)
-            lane = lanes.get(slot)
-            if lane.length + count > lane.limit:
+            held, limit = lanes.length(slot), int(lanes.limits[slot])
+            if held + count > limit:
                 raise ValueError(
-                    f"slot {slot} of agent {call.agent} holds {lane.length} of at most "
-                    f"{lane.limit} positions: {count} more do not fit"
+                    f"slot {slot} of agent {call.agent} holds {held} of at most {limit} positions: "
+                    f"{count} more do not fit"
                 )
 
     def _check_slot(self, slot: int) -> None:
@@ -585,17 +607,21 @@ def _replace(keys: Tensor, values: Tensor, answer: Any, name: str) -> None:
 
 
 def _parted(
-    slots: list[int], logits: Tensor, vocab: int, staying: AbstractSet[int], kept: Logits
-) -> Tensor:
+    slots: list[int], logits: Tensor, vocab: int, staying: AbstractSet[int], kept: Logits | None
+) -> Tensor | None:
     """What of the slots' logits [n, head rows] goes to the host: those not in ``staying``.
 
     The others go to ``kept``, where there are any.
     """
-    if staying.isdisjoint(slots):
+    if kept is None or staying.isdisjoint(slots):
         return _readout(logits, vocab)
     kept.add(slots, logits[:, :vocab])
     leaving = [at for at, slot in enumerate(slots) if slot not in staying]
-    return _readout(logits[leaving], vocab) if leaving else torch.empty(0, vocab)
+    return _readout(logits[leaving], vocab) if leaving else None
+
+
+#: Types that are read where they are.
+READ = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _readout(logits: Tensor, vocab: int) -> Tensor:
@@ -603,6 +629,9 @@ def _readout(logits: Tensor, vocab: int) -> Tensor:
 
     On a CPU a view, in which rows may lie further apart than ``vocab``.
     """
-    known = logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    host = logits[:, :vocab].to(device="cpu", dtype=logits.dtype if known else torch.float32)
+    real = logits if logits.shape[1] == vocab else logits[:, :vocab]
+    if real.device.type == "cpu" and real.dtype in READ:
+        host = real
+    else:
+        host = real.to(device="cpu", dtype=real.dtype if real.dtype in READ else torch.float32)
     return host if host.stride(1) == 1 or vocab <= 1 else host.contiguous()

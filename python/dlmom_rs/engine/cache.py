@@ -58,8 +58,11 @@ class SlotPlan:
         return self.capacity - 1
 
     def write_at(self, positions: Tensor) -> None:
-        """Set where each row of the coming step writes: ``positions`` [slots] int64."""
+        """Set where rows find the position to write to: ``positions`` [slots] int64, kept."""
         self._writes = positions[:, None]
+
+    def stepped(self) -> None:
+        """Take in what the positions given to :meth:`write_at` now hold."""
         self._targets.clear()
 
     def targets(self, heads: int) -> Tensor:

@@ -46,7 +46,7 @@ def mixture(module: nn.Module, ids: Tensor, probs: Tensor) -> Tensor:
     The table is read through the module, never its ``weight``: Gemma scales inside it.
     """
     blocks: list[Tensor] = []
-    hidden = module(ids[:1, :1]).shape[-1]
+    hidden = _table(module).shape[-1]
     rows_per_block = max(1, BLOCK_ELEMENTS // (min(ids.shape[1], TREE) * hidden))
     # Entries first: the halves of the tree are then contiguous.
     ids, weights = ids.t().contiguous(), probs.t().contiguous()[..., None]
@@ -75,17 +75,27 @@ def embed(
     accumulated in f32 and rounded to the model's dtype once.
     """
     table_ids = torch.from_numpy(ids).to(device)
+    # What sampling and printing feed most: rows that are all mixtures, and tokens alone.
+    certain = probs[:, 0] == 1.0
+    if not certain.any():
+        weights = torch.from_numpy(np.ascontiguousarray(probs, dtype=np.float32)).to(device)
+        return mixture(module, table_ids, weights).to(_table(module).dtype)
     out: Tensor = module(table_ids[:, 0])
     soft = np.flatnonzero(~one_hot_rows(probs))
     if soft.size == 0:
         return out
-    weights = torch.from_numpy(np.ascontiguousarray(probs, dtype=np.float32)).to(device)
-    if soft.size == ids.shape[0]:
-        return mixture(module, table_ids, weights).to(out.dtype)
+    weights = torch.from_numpy(np.ascontiguousarray(probs[soft], dtype=np.float32)).to(device)
     rows = torch.from_numpy(soft).to(device)
     out = out.clone()
-    out[rows] = mixture(module, table_ids[rows], weights[rows]).to(out.dtype)
+    out[rows] = mixture(module, table_ids[rows], weights).to(out.dtype)
     return out
+
+
+def _table(module: nn.Module) -> Tensor:
+    """The table behind an embedding module: for its width and dtype, never for its values."""
+    table = module.weight
+    assert isinstance(table, Tensor)
+    return table
 
 
 def embed_dense(module: nn.Module, probs: NDArray[np.float32], device: torch.device) -> Tensor:
@@ -94,6 +104,5 @@ def embed_dense(module: nn.Module, probs: NDArray[np.float32], device: torch.dev
     Row by row, so that a row's bits do not depend on how many there are.
     """
     ids = torch.arange(probs.shape[1], dtype=torch.int64, device=device)[None]
-    dtype = module(ids[:, :1]).dtype
     rows = torch.from_numpy(np.ascontiguousarray(probs, dtype=np.float32)).to(device)
-    return torch.cat([mixture(module, ids, row[None]) for row in rows]).to(dtype)
+    return torch.cat([mixture(module, ids, row[None]) for row in rows]).to(_table(module).dtype)

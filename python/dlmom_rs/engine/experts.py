@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Expert:
     #: where a forward under way leaves the hidden states of its last positions, [rows, hidden]
     captured: list[torch.Tensor] | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def embeddings(self) -> nn.Module:
         """The module that turns ids into input embeddings, scaling included."""
         module: nn.Module = self.model.get_input_embeddings()

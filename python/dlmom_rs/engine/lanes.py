@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -20,12 +21,14 @@ from .cache import BUCKET, RowSlotCache, round_up
 from .experts import Expert
 
 
-@dataclass
-class Lane:
-    """One open lane: the positions it holds, and the most it may hold."""
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Some distinct slots, in an order: as indices of arrays and of tensors."""
 
-    length: int
-    limit: int
+    at: NDArray[np.int64]
+    rows: Tensor
+    #: The first, where they follow one another; None where they do not.
+    first: int | None
 
 
 class Lanes(ABC):
@@ -35,41 +38,56 @@ class Lanes(ABC):
         self.expert = expert
         self.slots = slots
         self.device = device
-        self.lanes: dict[int, Lane] = {}
+        #: Positions held and positions held at most, by slot; a closed lane may hold none.
+        self.lengths = np.zeros(slots, np.int64)
+        self.limits = np.zeros(slots, np.int64)
         accepted = inspect.signature(expert.model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._cache_keyword = expert.cache_keyword
         #: Hidden states of last positions, [hidden] each, of the slots that keep theirs.
         self.hidden: dict[int, Tensor] = {}
         self._takes_positions = "position_ids" in accepted
+        self._named: tuple[list[int], Places] | None = None
 
-    def get(self, slot: int) -> Lane:
-        """The open lane of a slot; ValueError where it is closed."""
-        lane = self.lanes.get(slot)
-        if lane is None:
-            raise ValueError(f"slot {slot} has no open lane")
-        return lane
+    def length(self, slot: int) -> int:
+        """The positions of an open lane; ValueError where it is closed."""
+        self._check_open(slot)
+        return int(self.lengths[slot])
+
+    def have_room(self, slots: list[int]) -> bool:
+        """Whether these lanes are all open and can take in one position more."""
+        at = self.places(slots).at
+        return bool((self.lengths[at] < self.limits[at]).all())
+
+    def places(self, slots: list[int]) -> Places:
+        """Where slots are; the same object as before where they are the same as before."""
+        if self._named is None or self._named[0] != slots:
+            at = np.array(slots, dtype=np.int64)
+            rows = torch.from_numpy(at).to(self.device)
+            follow = slots == list(range(slots[0], slots[0] + len(slots)))
+            self._named = (list(slots), Places(at, rows, slots[0] if follow else None))
+        return self._named[1]
 
     def open(self, slot: int, limit: int) -> None:
         """Start an empty lane of at most ``limit`` positions, whatever the slot held before."""
         self.close(slot)
-        self.lanes[slot] = Lane(0, limit)
+        self.limits[slot] = limit
 
     def close(self, slot: int) -> None:
         """Forget a slot's lane and its history; a closed slot is left alone."""
-        lane = self.lanes.pop(slot, None)
         self.hidden.pop(slot, None)
-        if lane is not None:
+        if self.limits[slot]:
+            self.limits[slot] = self.lengths[slot] = 0
             self._drop(slot, 0)
 
     def truncate(self, slot: int, length: int) -> None:
         """Cut a lane to its first ``length`` positions; ValueError if it holds fewer."""
-        lane = self.get(slot)
-        if not 0 <= length <= lane.length:
-            raise ValueError(f"cannot cut slot {slot} to {length}: it holds {lane.length}")
-        if length < lane.length:
+        held = self.length(slot)
+        if not 0 <= length <= held:
+            raise ValueError(f"cannot cut slot {slot} to {length}: it holds {held}")
+        if length < held:
             self.hidden.pop(slot, None)
-        lane.length = length
+        self.lengths[slot] = length
         self._drop(slot, length)
 
     def fork(self, source: "Lanes", src: int, dst: int, upto: int | None) -> None:
@@ -78,36 +96,38 @@ class Lanes(ABC):
         An open ``dst`` keeps its limit, a closed one is opened with the source's. ValueError where
         the source holds fewer positions, or the copy would exceed the limit.
         """
-        origin = source.get(src)
-        length = origin.length if upto is None else upto
-        if not 0 <= length <= origin.length:
-            raise ValueError(f"cannot fork {length} positions of slot {src}: {origin.length} held")
+        held = source.length(src)
+        length = held if upto is None else upto
+        if not 0 <= length <= held:
+            raise ValueError(f"cannot fork {length} positions of slot {src}: {held} held")
         if source is self and src == dst:
             self.truncate(dst, length)
             return
-        held = self.lanes.get(dst)
-        limit = origin.limit if held is None else held.limit
+        limit = int(self.limits[dst] or source.limits[src])
         if length > limit:
             raise ValueError(
                 f"cannot fork {length} positions into slot {dst}: its limit is {limit}"
             )
-        state = source.hidden.get(src) if length == origin.length else None
+        state = source.hidden.get(src) if length == held else None
         self.open(dst, limit)
         self._copy(source, src, dst, length)
-        self.lanes[dst].length = length
+        self.lengths[dst] = length
         if state is not None:
             self.hidden[dst] = state
 
-    def save(self, slots: Iterable[int]) -> dict[int, int]:
-        """The positions of some lanes, for ``restore``."""
-        return {slot: self.get(slot).length for slot in slots}
+    def save(self) -> NDArray[np.int64]:
+        """The positions of all lanes, for ``restore``."""
+        return self.lengths.copy()
 
-    def restore(self, saved: dict[int, int]) -> None:
-        """Put lanes back to saved positions, whatever a broken forward left behind."""
-        for slot, length in saved.items():
-            self.lanes[slot].length = length
-        for slot, length in saved.items():
-            self._drop(slot, length)
+    def restore(self, saved: NDArray[np.int64], slots: Iterable[int]) -> None:
+        """Put some lanes back to saved positions, whatever a broken forward left behind."""
+        for slot in slots:
+            self.lengths[slot] = saved[slot]
+            self._drop(slot, int(saved[slot]))
+
+    def _check_open(self, slot: int) -> None:
+        if not self.limits[slot]:
+            raise ValueError(f"slot {slot} has no open lane")
 
     def _logits(self, x: Tensor, cache: Cache, **kwargs: Any) -> Tensor:
         """Last-position logits: ``x`` [n, m, hidden] -> [n, rows of the head]."""
@@ -163,17 +183,28 @@ class RowSlotLanes(Lanes):
         self.min_bucket = BUCKET
         self._masks = expert.mask_plan()
         self._keys = torch.arange(capacity, device=device)
-        self._written = [0] * slots
-        #: What dummy rows are fed: an ordinary token, because a zero vector is no model's input.
+        self._visible: dict[int, Tensor] = {}
+        self._written = np.zeros(slots, np.int64)
+        # Where every row of a step reads and writes, on the host and where the forward finds it.
+        # Both are kept from step to step: on a CPU they are the same memory.
+        self._where = np.zeros((2, slots), np.int64)
+        host = torch.from_numpy(self._where)
+        self._where_there = host if device.type == "cpu" else host.to(device)
+        queries, writes = self._where_there
+        self._positions, self._queries = queries[:, None], queries.view(-1, 1, 1, 1)
+        self.cache.plan.write_at(writes)
+        #: The slots of the last step, which rows of the inputs are not dummies.
+        self._stepping: Places | None = None
+        self._inputs: Tensor | None = None
         self._idle: Tensor | None = None
 
     def span(self, slot: int, x: Tensor) -> Tensor:
-        lane = self.get(slot)
-        start, stop = lane.length, lane.length + x.shape[0]
+        start = self.length(slot)
+        stop = start + x.shape[0]
         plan = self.cache.plan
         queries = self._keys[start:stop]
         mask = self._masks.build(queries.view(1, 1, -1, 1), self._keys[:stop])
-        self._written[slot] = max(self._written[slot], stop)
+        self._written[slot] = max(int(self._written[slot]), stop)
         plan.span_slot, plan.span_start = slot, start
         try:
             logits = self._logits(
@@ -184,41 +215,55 @@ class RowSlotLanes(Lanes):
             )
         finally:
             plan.span_slot = None
-        lane.length = stop
+        self.lengths[slot] = stop
         return logits[0]
 
     def step(self, slots: list[int], x: Tensor) -> Tensor:
         plan = self.cache.plan
-        positions = np.zeros(self.slots, dtype=np.int64)
-        writes = np.full(self.slots, plan.scratch, dtype=np.int64)
-        lanes = [self.get(slot) for slot in slots]
-        for slot, lane in zip(slots, lanes, strict=True):
-            positions[slot] = writes[slot] = lane.length
-            self._written[slot] = max(self._written[slot], lane.length + 1)
-        plan.write_at(torch.from_numpy(writes).to(self.device))
-        longest = int(positions.max()) + 1
-        plan.bucket = min(plan.capacity, max(self.min_bucket, round_up(longest, BUCKET)))
-        queries = torch.from_numpy(positions).to(self.device)
-        mask = self._masks.build(queries.view(-1, 1, 1, 1), self._keys[: plan.bucket])
-        rows = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        places = self.places(slots)
+        at, first = places.at, places.first
+        if places is not self._stepping:
+            self._where[0] = 0
+            self._where[1] = plan.scratch
+        lengths = self.lengths[at]
+        self._where[:, at] = lengths
+        if self._where_there.device.type != "cpu":
+            self._where_there.copy_(torch.from_numpy(self._where))
+        plan.stepped()
+        longest = int(lengths.max()) + 1
+        self._written[at] = np.maximum(self._written[at], lengths + 1)
+        bucket = min(plan.capacity, max(self.min_bucket, round_up(longest, BUCKET)))
+        plan.bucket = bucket
+        keys = self._visible.get(bucket)
+        if keys is None:
+            keys = self._visible[bucket] = self._keys[:bucket]
         logits = self._logits(
-            self._batch(rows, x),
+            self._batch(places, x),
             self.cache,
-            attention_mask=mask,
-            position_ids=queries[:, None],
+            attention_mask=self._masks.build(self._queries, keys),
+            position_ids=self._positions,
         )
-        picked = logits.index_select(0, rows)
-        for lane in lanes:
-            lane.length += 1
-        return picked
+        self.lengths[at] = lengths + 1
+        if first is not None:
+            return logits[first : first + len(slots)]
+        return logits.index_select(0, places.rows)
 
-    def _batch(self, rows: Tensor, x: Tensor) -> Tensor:
-        """Inputs of every slot: ``x`` [r, hidden] at ``rows``, dummies elsewhere: [slots, 1, h]."""
-        if self._idle is None:
-            first = torch.zeros(1, dtype=torch.int64, device=self.device)
-            self._idle = self.expert.embeddings(first)
-        batch = self._idle.repeat(self.slots, 1)
-        return batch.index_copy_(0, rows, x)[:, None]
+    def _batch(self, places: Places, x: Tensor) -> Tensor:
+        """Inputs of every slot: ``x`` [r, hidden] at places, dummies elsewhere: [slots, 1, h].
+
+        Dummies are fed an ordinary token, because a zero vector is no model's input.
+        """
+        if x.shape[0] == self.slots and places.first == 0:
+            self._stepping = places
+            return x[:, None]
+        if self._idle is None or self._inputs is None:
+            token = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self._idle = self.expert.embeddings(token)
+            self._inputs = self._idle.repeat(self.slots, 1)
+        elif places is not self._stepping:
+            self._inputs.copy_(self._idle.expand_as(self._inputs))
+        self._stepping = places
+        return self._inputs.index_copy_(0, places.rows, x)[:, None]
 
     def allocate_like(self, other: "RowSlotLanes") -> None:
         """Allocate now what a first forward would, with the shapes another agent's lanes have."""
@@ -229,7 +274,7 @@ class RowSlotLanes(Lanes):
         return all(layer.is_initialized for layer in self.cache.rows)
 
     def views(self, slot: int) -> list[tuple[Tensor, Tensor]]:
-        return self.cache.lane_views(slot, self.get(slot).length)
+        return self.cache.lane_views(slot, self.length(slot))
 
     def position_bytes(self) -> int:
         return self.cache.nbytes() // (self.slots * self.cache.plan.capacity)
@@ -238,8 +283,8 @@ class RowSlotLanes(Lanes):
         return self.cache.nbytes()
 
     def _drop(self, slot: int, length: int) -> None:
-        self.cache.zero(slot, length, self._written[slot])
-        self._written[slot] = min(self._written[slot], length)
+        self.cache.zero(slot, length, int(self._written[slot]))
+        self._written[slot] = min(int(self._written[slot]), length)
 
     def _copy(self, source: Lanes, src: int, dst: int, length: int) -> None:
         assert isinstance(source, RowSlotLanes)
@@ -265,14 +310,14 @@ class PerRowLanes(Lanes):
         self._caches[slot] = DynamicCache()
 
     def span(self, slot: int, x: Tensor) -> Tensor:
-        lane = self.get(slot)
-        start, stop = lane.length, lane.length + x.shape[0]
+        start = self.length(slot)
+        stop = start + x.shape[0]
         for module in self._rotary:
             _reset_rotary(module)
         positions = torch.arange(start, stop, device=self.device)[None]
         extra: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
         logits = self._logits(x[None], self._caches[slot], **extra)
-        lane.length = stop
+        self.lengths[slot] = stop
         if not self._position_bytes:
             views = self.views(slot)
             held = sum(keys.nbytes + values.nbytes for keys, values in views)
@@ -287,16 +332,16 @@ class PerRowLanes(Lanes):
 
     def layers_written(self, slot: int) -> bool:
         """Whether every layer of a lane holds exactly the lane's positions."""
-        cache, lane = self._caches[slot], self.get(slot)
+        cache, length = self._caches[slot], self.length(slot)
         return len(cache.layers) == self.expert.family.layers and all(
             isinstance(layer, DynamicLayer)
             and layer.keys is not None
-            and layer.keys.shape[-2] == lane.length
+            and layer.keys.shape[-2] == length
             for layer in cache.layers
         )
 
     def views(self, slot: int) -> list[tuple[Tensor, Tensor]]:
-        self.get(slot)
+        self._check_open(slot)
         pairs = []
         for layer in self._caches[slot].layers:
             if isinstance(layer, DynamicLayer) and layer.keys is not None:
@@ -314,7 +359,7 @@ class PerRowLanes(Lanes):
         return sum(store.nbytes for store in stores if store is not None)
 
     def _drop(self, slot: int, length: int) -> None:
-        if slot not in self.lanes:
+        if not self.limits[slot]:
             self._caches.pop(slot, None)
             return
         if length == 0:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+NOBODY: frozenset[int] = frozenset()
+IDS = np.dtype("<i8")
+PROBS = np.dtype("<f4")
 #: One span: (slot, ids, probs, n, k, payload); a payload (kind, values) stands in for the packets.
 RawSpan = tuple[int, bytearray, bytearray, int, int, "tuple[str, bytearray] | None"]
 #: One step: (slots, ids, probs, k, payloads); a payload (kind, rows, values) replaces its rows.
@@ -13,7 +16,7 @@ RawStep = tuple[list[int], bytearray, bytearray, int, "list[tuple[str, list[int]
 RawCall = tuple[int, list[RawSpan], RawStep | None, list[int]]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Entries:
     """Packets of one width: ``ids`` [n, k] int64, ``probs`` [n, k] float32."""
 
@@ -21,7 +24,7 @@ class Entries:
     probs: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Values:
     """Messages that are no packets: ``values`` [n, width] float32.
 
@@ -32,7 +35,7 @@ class Values:
     values: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """What one agent appends: whole spans, each to its slot, and one position to some slots.
 
@@ -55,24 +58,30 @@ class Call:
         ]
         return spans + [(slot, 1) for slot in self.step_slots]
 
+    def slots(self) -> list[int]:
+        """The slots of this call."""
+        return [slot for slot, _ in self.spans] + self.step_slots
+
 
 def read_entries(ids: bytearray, probs: bytearray, n: int, k: int, vocab: int) -> Entries:
-    """Read little-endian u32 ids and f32 probabilities, row-major [n, k].
+    """Read little-endian i64 ids and f32 probabilities, row-major [n, k], where they lie.
 
     ValueError for a size that does not fit, an empty packet or an id outside ``0..vocab``.
     """
     if n < 1 or k < 1:
         raise ValueError(f"packets need at least one row and one entry, not {n} x {k}")
-    if len(ids) != 4 * n * k or len(probs) != 4 * n * k:
+    if len(ids) != 8 * n * k or len(probs) != 4 * n * k:
         raise ValueError(
-            f"{n} x {k} packets need {4 * n * k} bytes, not {len(ids)} of ids "
-            f"and {len(probs)} of probabilities"
+            f"{n} x {k} packets need {8 * n * k} bytes of ids and {4 * n * k} of probabilities, "
+            f"not {len(ids)} and {len(probs)}"
         )
-    table = np.frombuffer(ids, dtype="<u4").reshape(n, k).astype(np.int64)
-    weights = np.frombuffer(probs, dtype="<f4").reshape(n, k).astype(np.float32)
-    highest = int(table.max())
+    table = np.frombuffer(ids, IDS).reshape(n, k)
+    weights = np.frombuffer(probs, PROBS).reshape(n, k)
+    # Seen as unsigned, a negative id is beyond every vocabulary.
+    highest = int(np.maximum.reduce(table.view(np.uint64), axis=None))
     if highest >= vocab:
-        raise ValueError(f"token {highest} is outside the vocabulary of {vocab} ids")
+        worst = table.flat[int(table.view(np.uint64).argmax())]
+        raise ValueError(f"token {worst} is outside the vocabulary of {vocab} ids")
     return Entries(table, weights)
 
 
@@ -85,8 +94,7 @@ def read_values(kind: str, data: bytearray, n: int, width: int) -> Values:
         raise ValueError(f"unknown payload {kind!r}")
     if n < 1 or len(data) != 4 * n * width:
         raise ValueError(f"{n} {kind} payloads of {width} values are not {len(data)} bytes")
-    values = np.frombuffer(data, dtype="<f4").reshape(n, width).astype(np.float32)
-    return Values(kind, values)
+    return Values(kind, np.frombuffer(data, PROBS).reshape(n, width))
 
 
 def read_call(raw: RawCall, vocab: int, hidden: int) -> Call:
@@ -109,9 +117,8 @@ def read_call(raw: RawCall, vocab: int, hidden: int) -> Call:
             if any(not 0 <= row < len(slots) for row in rows):
                 raise ValueError(f"a payload names a row outside 0..{len(slots)}")
             payloads.append((rows, read_values(kind, data, len(rows), widths.get(kind, 0))))
-    call = Call(agent, read, slots, entries, payloads, frozenset(keeping))
-    named = [slot for slot, _ in call.appended()]
+    named = [*(slot for slot, _ in read), *slots] if read else slots
     if len(set(named)) != len(named):
         twice = next(slot for slot in named if named.count(slot) > 1)
         raise ValueError(f"slot {twice} appears twice in one call of agent {agent}")
-    return call
+    return Call(agent, read, slots, entries, payloads, frozenset(keeping) if keeping else NOBODY)

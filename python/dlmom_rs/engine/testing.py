@@ -103,7 +103,7 @@ def encode_packets(
 ) -> tuple[bytearray, bytearray, int]:
     """ids and probabilities of packets, row-major and padded to ``k`` entries; and ``k``."""
     width = max(len(packet) for packet in packets) if k is None else k
-    ids = np.zeros((len(packets), width), "<u4")
+    ids = np.zeros((len(packets), width), "<i8")
     probs = np.zeros((len(packets), width), "<f4")
     for row, packet in enumerate(packets):
         ids[row] = packet[0][0]  # padding repeats a valid id
@@ -129,7 +129,9 @@ def prefill(
 ) -> Tensor:
     """Append a span to one lane, keeping its hidden state or not; its last logits [V]."""
     call: RawCall = (agent, [span(slot, packets)], None, [slot] if hidden else [])
-    return engine.advance([call])[0][0][0]
+    logits = engine.advance([call])[0][0]
+    assert logits is not None
+    return logits[0]
 
 
 def advance(
