@@ -252,7 +252,7 @@ def test_waiting_lanes_are_untouched_even_when_full(engine: Engine) -> None:
 
 
 def test_sets_of_slots_that_change_from_step_to_step(engine: Engine) -> None:
-    """Inputs and positions are kept between steps; nothing of another set of slots stays in them."""
+    """Inputs and positions are kept between steps; nothing of another set stays in them."""
     lanes = {slot: [slot + 1, slot + 2] for slot in range(engine.info()["slots"])}
     everyone = list(lanes)
     sets = [everyone, [2, 0], [5], [0, 1, 2], everyone, [2, 0], [6, 7], everyone[::-1], [5]]

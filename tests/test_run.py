@@ -107,6 +107,17 @@ def test_cells_differ_and_latent_mode_is_used(whole: Path) -> None:
     assert rows_of(whole, "REF") != rows_of(whole, "A2.3")
 
 
+def test_a_prompt_is_forwarded_once_for_all_cells_and_seeds(whole: Path) -> None:
+    (batch,) = json.loads((whole / "run.json").read_text())["notes"]["batches"]
+    rows = [row for cell in ("REF", "A1.3", "A2.3") for row in rows_of(whole, cell).values()]
+    positions = sum(row["prompt_tokens"] for row in rows)
+    assert batch["prompt_positions"] == positions
+    # Every item is asked four times: twice under A1.3, which draws.
+    assert batch["copied_positions"] == 3 * positions // 4
+    # What a row says it cost is what it costs alone.
+    assert all(row["forward_tokens"] > row["prompt_tokens"] for row in rows)
+
+
 def test_rows_add_up(whole: Path) -> None:
     for cell in ("REF", "A1.3", "A2.3"):
         for row in rows_of(whole, cell).values():

@@ -70,23 +70,23 @@ impl Display for Silent {
     fn line(&mut self, _: &str) {}
 }
 
-/// Plain lines: one every few seconds and one per cell.
+/// Plain lines: one every few seconds over all cells that run, and two per cell.
 pub struct Plain<W: Write> {
     out: W,
     every: Duration,
     last: Instant,
-    started: Instant,
+    /// Cells that have begun and not ended, with when and how far.
+    running: Vec<(String, Instant, Option<CellProgress>)>,
 }
 
 impl<W: Write> Plain<W> {
-    /// Writes to `out`, at most once in `every` between a cell's beginning and its end.
+    /// Writes to `out`, at most once in `every` between the beginnings and ends of cells.
     pub fn new(out: W, every: Duration) -> Self {
-        let now = Instant::now();
         Self {
             out,
             every,
-            last: now,
-            started: now,
+            last: Instant::now(),
+            running: Vec::new(),
         }
     }
 
@@ -120,10 +120,34 @@ fn describe(p: &CellProgress) -> String {
     )
 }
 
+/// Cells that share a batch, together.
+fn describe_all(cells: &[&CellProgress]) -> String {
+    let sum = |of: fn(&CellProgress) -> u64| cells.iter().map(|p| of(p)).sum::<u64>();
+    let (done, total, failures) = (sum(|p| p.done), sum(|p| p.total), sum(|p| p.failures));
+    let rate: f64 = cells.iter().map(|p| p.rate).sum();
+    let eta = if rate > 0.0 {
+        format!(", {:.0} s left", (total - done) as f64 / rate)
+    } else {
+        String::new()
+    };
+    let failures = if failures > 0 {
+        format!(", {failures} failures")
+    } else {
+        String::new()
+    };
+    format!(
+        "{} cells: {done}/{total} samples, {rate:.1} samples/s{eta}{failures}",
+        cells.len()
+    )
+}
+
 impl<W: Write> Display for Plain<W> {
     fn start(&mut self, cell: &CellStart) {
-        self.started = Instant::now();
-        self.last = self.started;
+        let now = Instant::now();
+        if self.running.is_empty() {
+            self.last = now;
+        }
+        self.running.push((cell.id.clone(), now, None));
         let before = if cell.done > 0 {
             format!(", {} done before", cell.done)
         } else {
@@ -136,9 +160,21 @@ impl<W: Write> Display for Plain<W> {
     }
 
     fn update(&mut self, progress: &CellProgress) {
+        if let Some((.., shown)) = self.running.iter_mut().find(|(id, ..)| *id == progress.id) {
+            *shown = Some(progress.clone());
+        }
         if self.last.elapsed() >= self.every {
             self.last = Instant::now();
-            self.print(&format!("  {}", describe(progress)));
+            let shown: Vec<&CellProgress> = self
+                .running
+                .iter()
+                .filter_map(|(.., p)| p.as_ref())
+                .collect();
+            let line = match shown[..] {
+                [one] => describe(one),
+                _ => describe_all(&shown),
+            };
+            self.print(&format!("  {line}"));
         }
     }
 
@@ -147,11 +183,11 @@ impl<W: Write> Display for Plain<W> {
             eta_s: None,
             ..progress.clone()
         };
-        self.print(&format!(
-            "  {} ({:.1} s)",
-            describe(&settled),
-            self.started.elapsed().as_secs_f64()
-        ));
+        let place = self.running.iter().position(|(id, ..)| *id == progress.id);
+        let seconds = place.map_or(0.0, |place| {
+            self.running.swap_remove(place).1.elapsed().as_secs_f64()
+        });
+        self.print(&format!("  {} ({seconds:.1} s)", describe(&settled)));
     }
 
     fn line(&mut self, text: &str) {
@@ -187,5 +223,72 @@ impl<W: Write> Display for Log<W> {
     }
     fn line(&mut self, text: &str) {
         self.print("message", &text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress(id: &str, done: u64) -> CellProgress {
+        CellProgress {
+            id: id.into(),
+            done,
+            total: 10,
+            session: done,
+            correct: done / 2,
+            failures: u64::from(id == "b"),
+            coverage: 0.25,
+            active: 2,
+            rate: 2.0,
+            eta_s: Some(3.0),
+        }
+    }
+
+    fn start(id: &str, index: usize) -> CellStart {
+        CellStart {
+            id: id.into(),
+            index,
+            cells: 2,
+            total: 10,
+            done: 0,
+        }
+    }
+
+    #[test]
+    fn cells_that_run_together_share_a_line() {
+        let mut out = Vec::new();
+        let mut plain = Plain::new(&mut out, Duration::ZERO);
+        plain.start(&start("a", 1));
+        plain.update(&progress("a", 4));
+        plain.start(&start("b", 2));
+        plain.update(&progress("b", 2));
+        plain.finish(&progress("a", 10));
+        plain.update(&progress("b", 5));
+        let text = String::from_utf8(out).unwrap();
+        let lines: Vec<&str> = text
+            .lines()
+            .map(|line| line.split(" (").next().unwrap_or(line))
+            .collect();
+        assert_eq!(
+            lines,
+            [
+                "[1/2] a: 10 samples",
+                "  a: 4/10 samples, accuracy 50.0 %, coverage 25.0 %, 2.0 samples/s, 3 s left",
+                "[2/2] b: 10 samples",
+                "  2 cells: 6/20 samples, 4.0 samples/s, 4 s left, 1 failures",
+                "  a: 10/10 samples, accuracy 50.0 %, coverage 25.0 %, 2.0 samples/s",
+                "  b: 5/10 samples, accuracy 40.0 %, coverage 25.0 %, 2.0 samples/s, 3 s left, 1 failures",
+            ]
+        );
+    }
+
+    #[test]
+    fn lines_wait_for_their_time() {
+        let mut out = Vec::new();
+        let mut plain = Plain::new(&mut out, Duration::from_secs(3600));
+        plain.start(&start("a", 1));
+        plain.update(&progress("a", 4));
+        assert_eq!(String::from_utf8(out).unwrap().lines().count(), 1);
     }
 }

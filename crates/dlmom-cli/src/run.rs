@@ -106,8 +106,8 @@ fn quote(word: &str) -> String {
     }
 }
 
-/// Runs every cell: those that need nothing of the others share one batch, so that none ends with half of it empty; then
-/// those that follow what the reference pipeline did.
+/// Runs every cell: those that need nothing of the others share one batch, item by item, so that none ends with half of it
+/// empty; then those that follow what the reference pipeline did.
 fn cells(
     args: &RunArgs,
     prepared: &mut Prepared,
@@ -178,6 +178,8 @@ fn note_timings(
                 "steps": stats.steps,
                 "occupancy": occupancy(stats.steps, stats.rows, slots),
                 "occupancy_before_drain": occupancy(stats.full.0, stats.full.1, slots),
+                "prompt_positions": stats.prompts,
+                "copied_positions": stats.copied,
                 "backend_s": stats.backend_s,
                 "wall_s": stats.wall_s,
             }));
@@ -207,6 +209,8 @@ struct Work {
     writer: RawWriter,
     traces: JsonlWriter,
     progress: CellProgress,
+    /// Samples done and in slots when progress was last shown.
+    shown: (u64, u32),
     /// Latent steps and all steps so far.
     steps: (u64, u64),
     /// When its first sample was admitted.
@@ -298,6 +302,7 @@ fn open(
         drifts,
         writer,
         traces,
+        shown: (0, 0),
         steps: (0, 0),
         started: None,
     })
@@ -362,11 +367,8 @@ fn together(
         })
         .collect();
     let admitted: Vec<Cell<u64>> = works.iter().map(|_| Cell::new(0)).collect();
-    let samples = left
-        .into_iter()
-        .enumerate()
-        .flat_map(|(config, left)| left.into_iter().map(move |sample| (config, sample)));
-    let mut jobs = samples.map(|(config, (seed, place))| {
+    let samples = by_item(left, &order);
+    let mut jobs = samples.into_iter().map(|(config, seed, place)| {
         let item = &prepared.items[place];
         let key = key(item, seed);
         admitted[config].set(admitted[config].get() + 1);
@@ -416,6 +418,26 @@ fn together(
         work.writer.sync()?;
     }
     Ok(result)
+}
+
+/// What is left of the cells, `(cell, seed, place of the item)`, in the order of admission: an item in every cell and under
+/// every seed before the next one, because their prompts are the same and need to be forwarded once only, and because what an
+/// interrupted run leaves can be compared by item then.
+fn by_item(left: Vec<Vec<(u64, usize)>>, order: &[usize]) -> Vec<(usize, u64, usize)> {
+    let mut turn = vec![0; order.len()];
+    for (at, &place) in order.iter().enumerate() {
+        turn[place] = at;
+    }
+    let mut samples: Vec<(usize, u64, usize)> = left
+        .into_iter()
+        .enumerate()
+        .flat_map(|(cell, left)| {
+            left.into_iter()
+                .map(move |(seed, place)| (cell, seed, place))
+        })
+        .collect();
+    samples.sort_by_key(|&(_, _, place)| turn[place]);
+    samples
 }
 
 /// Turns outcomes into rows of their cells.
@@ -515,9 +537,11 @@ impl Sink for Recorder<'_> {
     fn progress(&mut self, _: &Progress) {
         self.begin();
         for (work, admitted) in self.works.iter_mut().zip(self.admitted) {
-            let active = admitted.get() - work.progress.session;
-            if active > 0 {
-                work.progress.active = active as u32;
+            let active = (admitted.get() - work.progress.session) as u32;
+            let now = (work.progress.done, active);
+            if active > 0 && work.shown != now {
+                work.shown = now;
+                work.progress.active = active;
                 self.display.update(&work.progress);
             }
         }

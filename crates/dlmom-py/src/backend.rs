@@ -704,6 +704,7 @@ impl Backend for PyBackend {
                 kv_bytes: text(dict, "kv_bytes")?,
                 peak_device_bytes: (device > 0).then_some(device),
                 peak_rss_bytes: Some(text(dict, "peak_rss_bytes")?),
+                copied_positions: text(dict, "copied_positions")?,
             })
         };
         Python::attach(|py| read(py).unwrap_or_default())

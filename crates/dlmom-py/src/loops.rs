@@ -359,8 +359,8 @@ impl PySession {
         ))
     }
 
-    /// What has been done so far: samples finished, calls of the engine, rows advanced, both up to the last admission, and
-    /// seconds in the engine and in all. `RuntimeError` while a turn is under way.
+    /// What has been done so far: samples finished, calls of the engine, rows advanced, both up to the last admission,
+    /// positions of prompts, those of them that were copied, and seconds in the engine and in all. `RuntimeError` while a turn is under way.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let inner = self
             .inner
@@ -373,6 +373,8 @@ impl PySession {
         dict.set_item("rows", stats.rows)?;
         dict.set_item("full_steps", stats.full.0)?;
         dict.set_item("full_rows", stats.full.1)?;
+        dict.set_item("prompt_positions", stats.prompts)?;
+        dict.set_item("copied_positions", stats.copied)?;
         dict.set_item("backend_s", stats.backend_s)?;
         dict.set_item("wall_s", stats.wall_s)?;
         Ok(dict)

@@ -327,7 +327,7 @@ pub struct Embeddings {
     pub hidden: u32,
 }
 
-/// Memory in bytes at the moment of asking.
+/// Memory in bytes at the moment of asking, and what keeping prompts has saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryStats {
     /// KV caches.
@@ -336,6 +336,8 @@ pub struct MemoryStats {
     pub peak_device_bytes: Option<u64>,
     /// Highest resident set of the process so far.
     pub peak_rss_bytes: Option<u64>,
+    /// Positions of prompts that were copied from an earlier forward of the same tokens instead of forwarded, so far.
+    pub copied_positions: u64,
 }
 
 /// Why a backend call failed.

@@ -30,6 +30,7 @@ from .errors import ModelError
 from .experts import Expert, load_expert, one_line
 from .lanes import Lanes, PerRowLanes, RowSlotLanes
 from .packets import NOBODY, Call, Entries, RawCall, Values, read_call, read_entries
+from .prompts import Prompts, tokens
 from .reads import Logits, RawRead, RawReadout, Reader, check_reads, choose
 from .selftest import invariance_failure, reference_failure
 
@@ -79,6 +80,8 @@ class Engine:
         self._aligners: dict[int, Aligner] = {}
         #: Reads rows on the device; None where all logits go to the host.
         self._reader: Reader | None = None
+        #: Spans that may be copied, by model; those of agents of one model are the same.
+        self._prompts: list[Prompts] = []
         # Entered at every step; making one anew costs more than entering it.
         self._frozen = torch.inference_mode()
 
@@ -170,7 +173,9 @@ class Engine:
             raise ValueError(f"slots and max_len must be positive, not {slots} and {max_len}")
         self._slots = padded_rows(slots, self._experts[0].dtype) if self._invariant else slots
         self._max_len = max_len
-        self._lanes = []  # freed before the new ones are allocated
+        # Freed before the new ones are allocated.
+        self._lanes = []
+        self._prompts = []
         with torch.inference_mode():
             try:
                 self._prepare(self._invariant)
@@ -202,6 +207,11 @@ class Engine:
                 "self-test passed: a row's bits depend on neither its slot, its mates, the number "
                 f"of slots nor the visible length, at {torch.get_num_threads()} threads"
             )
+        # An eighth of the lanes: enough for what is asked at about the same time.
+        self._prompts = [
+            Prompts(lanes.position_bytes() * self._capacity(expert) * max(1, self._slots // 8))
+            for expert, lanes in zip(self._experts, templates, strict=True)
+        ]
         taken: set[int] = set()
         for model in self._agents:
             template = templates[model]
@@ -347,13 +357,19 @@ class Engine:
         return self._agent(agent).length(slot)
 
     def memory(self) -> dict[str, int]:
-        """Bytes in use. The device counts are 0 on a CPU, where all is resident memory."""
+        """Bytes in use. The device counts are 0 on a CPU, where all is resident memory.
+
+        ``copied_positions`` are those of prompts that were copied from an earlier forward of the
+        same tokens, since lanes were last reserved.
+        """
         now, peak = device_bytes(self._device)
         return {
             "device_bytes": now,
             "peak_device_bytes": peak,
             "peak_rss_bytes": peak_rss_bytes(),
-            "kv_bytes": sum(lanes.nbytes() for lanes in self._lanes),
+            "kv_bytes": sum(held.nbytes() for held in self._lanes)
+            + sum(prompts.nbytes for prompts in self._prompts),
+            "copied_positions": sum(prompts.copied for prompts in self._prompts),
         }
 
     @overload
@@ -388,6 +404,7 @@ class Engine:
         where ``info()["consensus_kernel"]`` is rust, and for lanes that are closed or would outgrow
         their max_len. Whatever is raised, every lane is where it was.
         """
+        calls = list(calls)
         parsed = []
         for raw in calls:
             expert = self._agent(raw[0]).expert
@@ -407,16 +424,21 @@ class Engine:
             try:
                 # Every agent's forward is launched before anything waits for one.
                 launched = [self._forward(call) for call in parsed]
-                answers = [
+                answers: list[Answer] | None = [
                     self._leaving(call, found, staying, kept)
                     for call, found in zip(parsed, launched, strict=True)
                 ]
                 if reader is not None and reads is not None:
                     readouts = reader.read(reads, kept, self._device)
-            except BaseException:
+            except BaseException as error:
                 for call, lengths in saved:
                     self._lanes[call.agent].restore(lengths, call.slots())
-                raise
+                if not (out_of_memory(error) and self._forget_prompts()):
+                    raise
+                answers = None
+        if answers is None:
+            # Their memory was needed elsewhere.
+            return self.advance(calls, reads)
         for call, found in zip(parsed, launched, strict=True):
             held = self._lanes[call.agent].hidden
             if held:
@@ -432,7 +454,7 @@ class Engine:
         expert = lanes.expert
         expert.captured = [] if call.hidden else None
         try:
-            spans = [lanes.span(slot, self._inputs(expert, feed)) for slot, feed in call.spans]
+            spans = [self._span(call, slot, feed) for slot, feed in call.spans]
             step: Tensor | None = None
             if call.step is not None:
                 x = self._inputs(expert, call.step)
@@ -440,10 +462,39 @@ class Engine:
                     at = torch.tensor(rows, dtype=torch.int64, device=self._device)
                     x = x.index_copy(0, at, self._inputs(expert, values))
                 step = lanes.step(call.step_slots, x)
+                if lanes.fed:
+                    for slot in call.step_slots:
+                        lanes.fed.pop(slot, None)
             states = self._kept(call, expert.captured) if expert.captured else {}
         finally:
             expert.captured = None
         return Launched(spans, step, states)
+
+    def _span(self, call: Call, slot: int, feed: Entries | Values) -> Tensor:
+        """A span's last logits, computed, or copied with its keys and values."""
+        lanes = self._lanes[call.agent]
+        before = lanes.fed.pop(slot, None)
+        ids = None if before is None or call.hidden else tokens(feed)
+        if before is None or ids is None:
+            return lanes.span(slot, self._inputs(lanes.expert, feed))
+        fed = (*before, ids)
+        prompts = self._prompts[self._agents[call.agent]]
+        kept = prompts.find(fed)
+        if kept is not None:
+            lanes.extend(slot, kept.pairs)
+            prompts.copied += kept.pairs[0][0].shape[1]
+            logits = kept.logits
+        else:
+            start = lanes.length(slot)
+            logits = lanes.span(slot, self._inputs(lanes.expert, feed))
+            pairs = [(keys[:, start:], values[:, start:]) for keys, values in lanes.views(slot)]
+            prompts.keep(fed, pairs, logits)
+        lanes.fed[slot] = fed
+        return logits
+
+    def _forget_prompts(self) -> bool:
+        """Give back the memory of prompts; whether there was any."""
+        return max([prompts.clear() for prompts in self._prompts], default=False)
 
     def _kept(self, call: Call, states: list[Tensor]) -> dict[int, Tensor]:
         """Hidden states by slot, from what the forwards of a call left, in order."""
@@ -554,6 +605,7 @@ class Engine:
         with torch.inference_mode():
             for slot, agent in lanes:
                 held = self._agent(agent)
+                held.fed.pop(slot, None)
                 for layer, (keys, values) in enumerate(held.views(slot)):
                     answer = self._compressor.compress(
                         keys.clone(), values.clone(), layer=layer, agent=agent

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache import BUCKET, RowSlotCache, round_up
 from .experts import Expert
+from .prompts import Fed, Pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Lanes(ABC):
         #: Hidden states of last positions, [hidden] each, of the slots that keep theirs.
         self.hidden: dict[int, Tensor] = {}
         self._takes_positions = "position_ids" in accepted
+        #: What lanes were fed since they were opened, where it was whole token spans alone.
+        self.fed: dict[int, Fed] = {}
         self._named: tuple[list[int], Places] | None = None
 
     def length(self, slot: int) -> int:
@@ -72,10 +75,12 @@ class Lanes(ABC):
         """Start an empty lane of at most ``limit`` positions, whatever the slot held before."""
         self.close(slot)
         self.limits[slot] = limit
+        self.fed[slot] = ()
 
     def close(self, slot: int) -> None:
         """Forget a slot's lane and its history; a closed slot is left alone."""
         self.hidden.pop(slot, None)
+        self.fed.pop(slot, None)
         if self.limits[slot]:
             self.limits[slot] = self.lengths[slot] = 0
             self._drop(slot, 0)
@@ -87,6 +92,7 @@ class Lanes(ABC):
             raise ValueError(f"cannot cut slot {slot} to {length}: it holds {held}")
         if length < held:
             self.hidden.pop(slot, None)
+            self.fed.pop(slot, None)
         self.lengths[slot] = length
         self._drop(slot, length)
 
@@ -112,6 +118,7 @@ class Lanes(ABC):
         self.open(dst, limit)
         self._copy(source, src, dst, length)
         self.lengths[dst] = length
+        self.fed.pop(dst, None)
         if state is not None:
             self.hidden[dst] = state
 
@@ -123,7 +130,14 @@ class Lanes(ABC):
         """Put some lanes back to saved positions, whatever a broken forward left behind."""
         for slot in slots:
             self.lengths[slot] = saved[slot]
+            self.fed.pop(slot, None)
             self._drop(slot, int(saved[slot]))
+
+    def extend(self, slot: int, pairs: Pairs) -> None:
+        """Append keys and values, by layer, that a span of the same model left in another lane."""
+        self._check_open(slot)
+        self._append(slot, pairs)
+        self.lengths[slot] += pairs[0][0].shape[1]
 
     def _check_open(self, slot: int) -> None:
         if not self.limits[slot]:
@@ -162,6 +176,10 @@ class Lanes(ABC):
     @abstractmethod
     def _drop(self, slot: int, length: int) -> None:
         """Erase what a slot holds from position ``length`` on, NaN included."""
+
+    @abstractmethod
+    def _append(self, slot: int, pairs: Pairs) -> None:
+        """Write keys and values by layer, [heads, n, size], behind what a slot holds."""
 
     @abstractmethod
     def _copy(self, source: "Lanes", src: int, dst: int, length: int) -> None:
@@ -286,6 +304,18 @@ class RowSlotLanes(Lanes):
         self.cache.zero(slot, length, int(self._written[slot]))
         self._written[slot] = min(int(self._written[slot]), length)
 
+    def _append(self, slot: int, pairs: Pairs) -> None:
+        start = int(self.lengths[slot])
+        stop = start + pairs[0][0].shape[1]
+        self._written[slot] = max(int(self._written[slot]), stop)
+        for layer, (keys, values) in zip(self.cache.rows, pairs, strict=True):
+            if not layer.is_initialized:
+                layer.allocate(keys[None], values[None])
+            assert layer.keys is not None
+            assert layer.values is not None
+            layer.keys[slot, :, start:stop] = keys
+            layer.values[slot, :, start:stop] = values
+
     def _copy(self, source: Lanes, src: int, dst: int, length: int) -> None:
         assert isinstance(source, RowSlotLanes)
         self._written[dst] = length
@@ -371,6 +401,10 @@ class PerRowLanes(Lanes):
                 assert layer.values is not None
                 layer.keys = layer.keys[..., :length, :]
                 layer.values = layer.values[..., :length, :]
+
+    def _append(self, slot: int, pairs: Pairs) -> None:
+        for i, (keys, values) in enumerate(pairs):
+            self._caches[slot].update(keys[None].clone(), values[None].clone(), i)
 
     def _copy(self, source: Lanes, src: int, dst: int, length: int) -> None:
         assert isinstance(source, PerRowLanes)

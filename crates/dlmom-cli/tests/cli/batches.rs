@@ -107,6 +107,35 @@ fn a_resumed_run_adds_a_batch_of_what_was_left() {
 }
 
 #[test]
+fn an_item_is_asked_in_every_cell_and_under_every_seed_before_the_next() {
+    let lab = Lab::new();
+    lab.run("run", &[&SUITES[..], &["--batch-size", "1"]].concat());
+    let manifest = lab.json("run/run.json");
+    let batch = &manifest["notes"]["batches"][0];
+    let mut asked = Vec::new();
+    let mut positions = 0;
+    for id in strings(&batch["cells"]) {
+        for row in lab.rows("run", id) {
+            let item = row["item_id"].as_str().unwrap().to_owned();
+            positions += row["prompt_tokens"].as_u64().unwrap();
+            asked.push((row["started_at"].as_f64().unwrap(), item));
+        }
+    }
+    asked.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut items: Vec<String> = asked.into_iter().map(|(_, item)| item).collect();
+    let samples = items.len();
+    items.dedup();
+    let turns = items.len();
+    items.sort();
+    items.dedup();
+    assert_eq!(turns, items.len(), "an item came back after another");
+    assert!(samples > 10 * turns);
+    // The mock forwards every prompt anew.
+    assert_eq!(batch["prompt_positions"], positions);
+    assert_eq!(batch["copied_positions"], 0);
+}
+
+#[test]
 fn longest_prompts_are_admitted_first() {
     let lab = Lab::new();
     lab.run(

@@ -133,6 +133,7 @@ pub(crate) fn row(
         batch_size: 8,
         memory: MemoryStats {
             kv_bytes: 0,
+            copied_positions: 0,
             peak_device_bytes: None,
             peak_rss_bytes: Some(1 << 20),
         },

@@ -184,6 +184,7 @@ impl Session {
         for (place, (ids, lane)) in self.movers(&active).zip(prompts.iter().zip(&lanes)) {
             active.limits[place] = lane.max_len;
             active.prompt_tokens[place] += ids.len() as u32;
+            self.stats.prompts += ids.len() as u64;
         }
         active.queue.extend(chunks(prompts));
         match backend.open(&lanes) {

@@ -229,6 +229,7 @@ impl Session {
         active.limits[to] = lane.max_len;
         active.compressed_at[to] = 0;
         active.prompt_tokens[to] += length;
+        self.stats.prompts += u64::from(length);
         active.queue.extend(chunks(vec![prompt]));
         Ok(())
     }

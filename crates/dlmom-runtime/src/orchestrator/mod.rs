@@ -181,6 +181,10 @@ pub struct RunStats {
     pub rows: u64,
     /// Calls and rows until a slot stayed free because no sample was left.
     pub full: (u64, u64),
+    /// Positions of prompts, over all agents.
+    pub prompts: u64,
+    /// Those of them that the backend copied from an earlier forward of the same tokens; counted when a sample ends.
+    pub copied: u64,
     /// Seconds inside the backend.
     pub backend_s: f64,
     /// Seconds in all.
@@ -407,6 +411,8 @@ pub struct Session {
     /// A job that waits for more free slots than there are.
     waiting: Option<Job>,
     stats: RunStats,
+    /// What the backend had copied before this run.
+    copied_before: u64,
     /// Merges rows of which nobody reads the merged preferences: an operator may want all agents, or be a user's own.
     unread: ConsensusSpec,
     /// By configuration.
@@ -465,6 +471,7 @@ impl Session {
             plans,
             waiting: None,
             stats: RunStats::default(),
+            copied_before: backend.memory().copied_positions,
             failures: 0,
             max_failures: options.max_failures.max(1),
             rule: hooks.rule,
@@ -599,7 +606,9 @@ impl Session {
         let experts = self.movers(&active).len();
         let model = &self.info.models[self.facts[active.current].model.index()];
         let outcome = active.outcome(stop, error, model, experts);
-        sink.finished(outcome, &self.info, backend.memory())
+        let memory = backend.memory();
+        self.stats.copied = memory.copied_positions.saturating_sub(self.copied_before);
+        sink.finished(outcome, &self.info, memory)
             .map_err(RunError::Sink)
     }
 }
