@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PhiConfig, PreTrainedConfig, Qwen2Config
 
+from dlmom_rs.bench import models
 from dlmom_rs.engine.backend import Engine
 from dlmom_rs.engine.packets import Entries, Values
 from dlmom_rs.engine.prompts import Prompts, tokens
@@ -57,9 +58,7 @@ def copied(engine: Engine) -> int:
     return engine.memory()["copied_positions"]
 
 
-def spans(
-    engine: Engine, slot: int, parts: Sequence[Sequence[int]], agent: int = 0
-) -> Tensor:
+def spans(engine: Engine, slot: int, parts: Sequence[Sequence[int]], agent: int = 0) -> Tensor:
     """Feed a lane whole spans; the logits of the last."""
     engine.open([(slot, agent, 60)])
     for part in parts:
@@ -126,9 +125,7 @@ def test_kept_hidden_states_are_computed(qwen: Path) -> None:
 
 def test_a_compressed_lane_is_not_copied_from(qwen: Path) -> None:
     class Zero:
-        def compress(
-            self, keys: Tensor, values: Tensor, **_: int
-        ) -> tuple[Tensor, Tensor]:
+        def compress(self, keys: Tensor, values: Tensor, **_: int) -> tuple[Tensor, Tensor]:
             return torch.zeros_like(keys), torch.zeros_like(values)
 
     engine = load(qwen)
@@ -228,3 +225,21 @@ def test_tokens_are_what_is_certain() -> None:
     assert tokens(Entries(ids, unsure)) is None
     assert tokens(Entries(np.array([[3, 4]]), np.array([[1.0, 0.0]], np.float32))) is None
     assert tokens(Values("embed", sure)) is None
+
+
+def test_instructions_are_forwarded_once_for_all_questions(tmp_path: Path) -> None:
+    """The loop cuts prompts behind what they have in common, and the engine copies that."""
+    folder = save_model(tmp_path / "chat", qwen2(), chat=True)
+    ensemble = models.ensemble([str(folder)], 8)
+    system = {"role": "system", "content": "Add, subtract, and say what is left. " * 3}
+    sources = [
+        {"kind": "chat", "messages": [system, {"role": "user", "content": f"{word} apples?"}]}
+        for word in ("some", "no", "ten")
+    ]
+    ids = [ensemble._engine.encode(0, source) for source in sources]
+    shared = next(i for i, row in enumerate(zip(*ids, strict=False)) if len(set(row)) > 1)
+    assert shared > 64
+    config = models.loop_config(ensemble, gate="always_explicit", max_steps=4, answer_reserve=0)
+    stats = models.run(ensemble, sources, config, 3)
+    assert stats["prompt_positions"] == sum(map(len, ids))
+    assert stats["copied_positions"] == 2 * shared

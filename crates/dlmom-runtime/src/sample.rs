@@ -64,30 +64,6 @@ impl NextFeed {
     }
 }
 
-/// Most positions of a prompt that are forwarded at once. A constant, because where a prompt is cut shows in its last bits.
-pub(crate) const CHUNK: usize = 512;
-
-/// Prompts of the moving agents as feeds of at most [`CHUNK`] positions each, all of which end together: agents with shorter
-/// prompts have no tokens in the first ones.
-pub(crate) fn chunks(prompts: Vec<Vec<u32>>) -> Vec<NextFeed> {
-    let parts = |ids: &Vec<u32>| ids.len().div_ceil(CHUNK).max(1);
-    let most = prompts.iter().map(parts).max().unwrap_or(1);
-    if most == 1 {
-        return vec![NextFeed::Tokens(prompts)];
-    }
-    // Parts of one length, give or take a token: a last part of one token would be a step like others.
-    let part = |ids: &Vec<u32>, turn: usize| {
-        let own = parts(ids);
-        let Some(at) = (turn + own).checked_sub(most) else {
-            return Vec::new();
-        };
-        ids[at * ids.len() / own..(at + 1) * ids.len() / own].to_vec()
-    };
-    (0..most)
-        .map(|turn| NextFeed::Tokens(prompts.iter().map(|ids| part(ids, turn)).collect()))
-        .collect()
-}
-
 /// A message of a latent or printed step, as its receivers decoded it: what a transcript is made of.
 #[derive(Clone, Debug)]
 pub(crate) enum Thought {

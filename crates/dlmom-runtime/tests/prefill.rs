@@ -10,7 +10,7 @@ use common::{
 use dlmom_core::consensus::Views;
 use dlmom_core::{Consensus, ConsensusSpec, Gate, Method, Weights};
 use dlmom_runtime::{
-    Follow, Handoff, Hooks, Job, LoopConfig, MockBackend, PromptSource, Rival, RunOptions,
+    Follow, Handoff, Hooks, Job, LoopConfig, Message, MockBackend, PromptSource, Rival, RunOptions,
     RunStats, Share, Stop, run_shared,
 };
 
@@ -323,4 +323,84 @@ fn consensus_is_asked_of_whole_rows_only() {
     )
     .unwrap();
     assert_eq!(run.one().error, None);
+}
+
+/// A chat of instructions and a question, as the mock reads it: a token for every byte.
+fn chat(index: u32, instructions: &str, question: &str) -> Job {
+    let message = |role: &str, content: &str| Message {
+        role: role.into(),
+        content: content.into(),
+    };
+    Job {
+        prompts: vec![PromptSource::Chat {
+            messages: vec![message("system", instructions), message("user", question)],
+        }],
+        ..job(index, 1)
+    }
+}
+
+#[test]
+fn prompts_are_cut_behind_the_instructions_they_have_in_common() {
+    let question = "how many are left?";
+    for (instructions, parts) in [
+        (64, &[64, 18][..]),
+        (63, &[81]),
+        (100, &[100, 18]),
+        (1000, &[500, 500, 18]),
+    ] {
+        let text: String = "think step by step. "
+            .chars()
+            .cycle()
+            .take(instructions)
+            .collect();
+        let mut mock = backend(1, 1);
+        let run = go(
+            &mut mock,
+            &config(Gate::Threshold, 0.5),
+            vec![chat(0, &text, question)],
+        );
+        let fed = feeds(&mock, 0, 0);
+        assert_eq!(fed[..parts.len()], *parts, "{instructions}");
+        assert_eq!(run.one().prompt_tokens, [instructions as u32 + 18]);
+        let bytes = text.bytes().chain(question.bytes());
+        let ids: Vec<u32> = bytes.map(|b| 1 + u32::from(b) % (VOCAB - 1)).collect();
+        assert_eq!(mock.last(0)[..ids.len()], fed_tokens(&ids)[..]);
+    }
+}
+
+#[test]
+fn where_a_prompt_is_cut_depends_on_the_prompt_alone() {
+    let text: String = "think step by step. ".chars().cycle().take(90).collect();
+    let other: String = "answer at once, please ".chars().cycle().take(90).collect();
+    let cut = |jobs: Vec<Job>, sample: u32| {
+        let mut mock = backend(1, 1);
+        go(&mut mock, &config(Gate::Threshold, 0.5), jobs);
+        let starts: Vec<usize> = feeds(&mock, 0, 0);
+        let spans: Vec<usize> = starts.into_iter().filter(|&n| n > 1).collect();
+        spans[2 * sample as usize..][..2].to_vec()
+    };
+    // A question that begins like nothing else, and one that begins like what the beginning is looked for with.
+    for question in ["why so?", "a pear and a fig", "0 apples"] {
+        let alone = cut(vec![chat(0, &text, question)], 0);
+        assert_eq!(alone.iter().sum::<usize>(), 90 + question.len());
+        let among = vec![
+            chat(1, &text, "how many?"),
+            chat(2, &other, "how many?"),
+            chat(0, &text, question),
+        ];
+        assert_eq!(cut(among, 2), alone, "{question}");
+    }
+    assert_eq!(cut(vec![chat(0, &text, "why so?")], 0), [90, 7]);
+}
+
+#[test]
+fn agents_with_and_without_instructions_end_their_prompts_together() {
+    let text: String = "think step by step. ".chars().cycle().take(90).collect();
+    let mut sample = chat(0, &text, "how many?");
+    sample.prompts.extend(chat(0, "", "how many?").prompts);
+    let mut mock = backend(2, 1);
+    let run = go(&mut mock, &config(Gate::Threshold, 0.5), vec![sample]);
+    assert_eq!(feeds(&mock, 0, 0)[..3], [90, 9, 1]);
+    assert_eq!(feeds(&mock, 0, 1)[..3], [0, 9, 1]);
+    assert_eq!(run.one().prompt_tokens, [99, 9]);
 }

@@ -1,10 +1,11 @@
 //! Samples into free slots.
 
+use super::prompt::chunks;
 use super::{
     AgentFacts, Backend, Job, LaneId, LaneSpec, Pairing, RunError, Session, Sink, SlotId, Stop,
 };
 use crate::outcome::{Follow, Rival};
-use crate::sample::{Active, Visit, chunks};
+use crate::sample::{Active, Visit};
 
 /// A sample that could not be started, with how it ends and why.
 type NotStarted = (Box<Active>, Stop, String);
@@ -179,14 +180,15 @@ impl Session {
                 }),
                 Err(error) => return Err((Box::new(active), Stop::Prompt, error)),
             }
-            prompts.push(ids);
+            let (model, source) = (fact.model, &active.job.prompts[place]);
+            prompts.push(self.beginnings.prompt(backend, model, source, ids));
         }
-        for (place, (ids, lane)) in self.movers(&active).zip(prompts.iter().zip(&lanes)) {
+        for (place, (prompt, lane)) in self.movers(&active).zip(prompts.iter().zip(&lanes)) {
             active.limits[place] = lane.max_len;
-            active.prompt_tokens[place] += ids.len() as u32;
-            self.stats.prompts += ids.len() as u64;
+            active.prompt_tokens[place] += prompt.ids.len() as u32;
+            self.stats.prompts += prompt.ids.len() as u64;
         }
-        active.queue.extend(chunks(prompts));
+        active.queue.extend(chunks(&prompts));
         match backend.open(&lanes) {
             Ok(()) => Ok(active),
             Err(error) => Err((Box::new(active), Stop::Backend, error.to_string())),

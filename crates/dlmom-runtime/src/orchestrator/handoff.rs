@@ -4,12 +4,13 @@ use dlmom_core::Stream;
 
 use super::decide::End;
 use super::plan::Plan;
+use super::prompt::{Prompt, chunks};
 use super::{Backend, BackendError, HandoffRecord, LaneId, RunError, Session, Sink, SlotId, Stop};
 use crate::backend::{Message, PromptSource};
 use crate::config::LoopConfig;
 use crate::controls::{HandoffControl, shuffled};
 use crate::outcome::Follow;
-use crate::sample::{Active, Pairing, Visit, chunks};
+use crate::sample::{Active, Pairing, Visit};
 use crate::topology::{Handoff, Sequential, Trigger};
 
 /// Whether the agent at a place hands over to the next when it is done, `used` handoffs behind it.
@@ -133,7 +134,7 @@ impl Session {
         active.queue.clear();
         let control = self.plans[active.plan].config.controls.handoff;
         let notes = notes(active, &chain, to, control);
-        let prompt = self.prompt(backend, active, to, notes.as_deref())?;
+        let asked = self.asked(backend, active, to, notes.as_deref())?;
         let (feeds, positions, bytes) = match chain.handoff {
             Handoff::Transcript => {
                 let carried = self.transcript(backend, active, to)?;
@@ -141,7 +142,7 @@ impl Session {
             }
             Handoff::Text => {
                 let bytes = notes.as_ref().map_or(0, String::len) as u64;
-                (Vec::new(), prompt.notes, bytes)
+                (Vec::new(), asked.notes, bytes)
             }
             Handoff::Kv => {
                 let held = active.lengths[from];
@@ -159,7 +160,7 @@ impl Session {
             bytes,
         };
         let carried = feeds.iter().map(|feed| feed.positions(0)).sum();
-        self.open_visit(backend, slot, active, &chain, to, (prompt.ids, carried))?;
+        self.open_visit(backend, slot, active, &chain, to, (asked.ids, carried))?;
         active.queue.extend(feeds);
         active.handoff_bytes += record.bytes;
         if active.leader().is_none() {
@@ -230,7 +231,17 @@ impl Session {
         active.compressed_at[to] = 0;
         active.prompt_tokens[to] += length;
         self.stats.prompts += u64::from(length);
-        active.queue.extend(chunks(vec![prompt]));
+        let prompt = if held == 0 {
+            let source = &active.job.prompts[to];
+            self.beginnings
+                .prompt(backend, self.facts[to].model, source, prompt)
+        } else {
+            Prompt {
+                ids: prompt,
+                shared: 0,
+            }
+        };
+        active.queue.extend(chunks(&[prompt]));
         Ok(())
     }
 
@@ -316,13 +327,13 @@ impl Session {
         }
     }
 
-    fn prompt(
+    fn asked(
         &self,
         backend: &mut dyn Backend,
         active: &Active,
         to: usize,
         notes: Option<&str>,
-    ) -> Result<Prompt, End> {
+    ) -> Result<Asked, End> {
         let model = self.facts[to].model;
         let source = &active.job.prompts[to];
         let mut encode = |source: &PromptSource| {
@@ -333,7 +344,7 @@ impl Session {
         };
         let bare = encode(source)?;
         let Some(notes) = notes else {
-            return Ok(Prompt {
+            return Ok(Asked {
                 ids: bare,
                 notes: 0,
             });
@@ -353,15 +364,15 @@ impl Session {
                 ids
             }
         };
-        Ok(Prompt {
+        Ok(Asked {
             notes: (ids.len() as u32).saturating_sub(bare.len() as u32),
             ids,
         })
     }
 }
 
-/// A prompt and how many of its tokens are notes.
-struct Prompt {
+/// A prompt's tokens and how many of them are notes.
+struct Asked {
     ids: Vec<u32>,
     notes: u32,
 }

@@ -6,6 +6,7 @@ mod carry;
 mod decide;
 pub(crate) mod handoff;
 pub(crate) mod plan;
+mod prompt;
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ use crate::outcome::{HandoffRecord, Job, JobKey, Outcome, Stop};
 use crate::sample::{Active, Pairing};
 
 use plan::{AgentFacts, Plan};
+use prompt::Beginnings;
 
 pub use plan::check_config;
 
@@ -408,6 +410,7 @@ pub struct Session {
     slots: Vec<Option<Active>>,
     /// Ids of the largest vocabulary.
     every_id: Vec<u32>,
+    beginnings: Beginnings,
     /// A job that waits for more free slots than there are.
     waiting: Option<Job>,
     stats: RunStats,
@@ -469,6 +472,7 @@ impl Session {
             info,
             facts,
             plans,
+            beginnings: Beginnings::default(),
             waiting: None,
             stats: RunStats::default(),
             copied_before: backend.memory().copied_positions,
