@@ -368,6 +368,28 @@ def test_automatic_batch_size_is_recorded_and_kept_on_resume(dlmom: Call, tmp_pa
     assert len(rows_of(out, "REF")) == 5
 
 
+def test_the_kernel_can_be_chosen_and_answers_alike(
+    dlmom: Call, whole: Path, tmp_path: Path
+) -> None:
+    words = ["--suite", "A1", "--only", "REF", "--limit", 3, "--dtype", "fp32", "--batch-size", 8]
+    assert dlmom(*command(tmp_path / "torch", *words, "--kernel", "torch")).status == 0
+    manifest = json.loads((tmp_path / "torch" / "run.json").read_text())
+    assert manifest["context"]["consensus_kernel"] == "torch"
+    expected = rows_of(whole, "REF")
+    rows = rows_of(tmp_path / "torch", "REF")
+    assert len(rows) == 3
+    for key, row in rows.items():
+        assert (row["text"], row["mode_runs"]) == (
+            expected[key]["text"],
+            expected[key]["mode_runs"],
+        )
+        assert row["entropy"]["mean"] == pytest.approx(expected[key]["entropy"]["mean"], abs=1e-6)
+    refused = dlmom(*command(tmp_path / "triton", *words, "--kernel", "triton"))
+    assert refused.status == 2
+    assert "triton" in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
+
+
 def test_weights_with_nan_end_the_run_with_one_line(dlmom: Call, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file

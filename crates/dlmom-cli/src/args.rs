@@ -280,6 +280,10 @@ pub struct RunArgs {
     /// Attention implementation [default: blocks where rows share a batch on a CPU, else sdpa, else eager].
     #[arg(long, value_parser = ["blocks", "sdpa", "eager"], value_name = "blocks|sdpa|eager")]
     pub attention: Option<String>,
+    /// What reads logits: rust on the host, torch or triton where they are [default: triton on a GPU that can, else torch
+    /// there, else rust].
+    #[arg(long, value_parser = ["rust", "torch", "triton"], value_name = "rust|torch|triton")]
+    pub kernel: Option<String>,
     /// Allow a model folder to run its own Python code.
     #[arg(long)]
     pub trust_remote_code: bool,

@@ -297,6 +297,7 @@ fn packets(
         deterministic: false,
         fast: false,
         attention: None,
+        kernel: None,
     };
     let mut backend = mock::load(args.backend, &spec, host, err)?;
     for experiment in plan.runs() {

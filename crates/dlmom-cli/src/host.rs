@@ -56,6 +56,8 @@ pub struct EngineSpec {
     pub fast: bool,
     /// Attention implementation, where given.
     pub attention: Option<String>,
+    /// What reads logits, where given: `rust`, `torch` or `triton`.
+    pub kernel: Option<String>,
 }
 
 /// Which figures to draw.

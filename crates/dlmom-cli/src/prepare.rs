@@ -357,6 +357,7 @@ pub(crate) fn prepare(
         deterministic: args.deterministic,
         fast: args.fast,
         attention: args.attention.clone(),
+        kernel: args.kernel.clone(),
     };
     let mut backend = mock::load(args.backend, &spec, host, err)?;
     leave_out_unknown(&mut plan, &presets, &mut *backend, err)?;
