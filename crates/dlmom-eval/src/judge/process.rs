@@ -229,7 +229,8 @@ fn end(child: &mut Child, home: &Path) {
 /// Ends processes that were started with `home` as their folder for temporary files. Only where there is a `/proc`.
 fn end_strays(home: &Path) {
     let mark = [b"TMPDIR=", home.as_os_str().as_bytes()].concat();
-    // Whoever forks while the list is read is on the next one.
+    // Whoever forks while the list is read and ends may not be on it, and its child neither: the child is on the next one.
+    let mut clean = 0;
     for _ in 0..20 {
         let mut found = false;
         let Ok(entries) = std::fs::read_dir("/proc") else {
@@ -249,9 +250,12 @@ fn end_strays(home: &Path) {
                 let _ = kill_process(pid, Signal::KILL);
             }
         }
-        if !found {
+        clean = if found { 0 } else { clean + 1 };
+        if clean == 2 {
             return;
         }
-        std::thread::sleep(Duration::from_millis(1));
+        if found {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
