@@ -384,10 +384,14 @@ def test_the_kernel_can_be_chosen_and_answers_alike(
             expected[key]["mode_runs"],
         )
         assert row["entropy"]["mean"] == pytest.approx(expected[key]["entropy"]["mean"], abs=1e-6)
-    refused = dlmom(*command(tmp_path / "triton", *words, "--kernel", "triton"))
-    assert refused.status == 2
-    assert "triton" in refused.err
-    assert len(refused.err.strip().splitlines()) == 1
+    for wish, said in (
+        (["--kernel", "triton"], "triton"),
+        (["--graphs"], "graphs need CUDA or HIP"),
+    ):
+        refused = dlmom(*command(tmp_path / "refused", *words, *wish))
+        assert refused.status == 2
+        assert said in refused.err
+        assert len(refused.err.strip().splitlines()) == 1
 
 
 def test_weights_with_nan_end_the_run_with_one_line(dlmom: Call, tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ class DeepLatentMoM:
         attention: str | None = None,
         topology: str | os.PathLike[str] = "lockstep",
         kernel: str | None = None,
+        graphs: bool = False,
     ) -> DeepLatentMoM:
         """Load experts: local folders, hub ids or ``zoo:NAME``, all of one vocabulary.
 
@@ -138,7 +139,9 @@ class DeepLatentMoM:
 
         ``kernel`` is what consensus runs on: ``rust`` on the host, ``torch`` or ``triton`` where
         the logits are; without one, ``rust`` on CPUs and MPS, and on CUDA and HIP the fastest that
-        runs. ``info["consensus_kernel"]`` says which; :meth:`run` has its own.
+        runs. ``info["consensus_kernel"]`` says which; :meth:`run` has its own. ``graphs`` captures
+        the forwards of steps and replays them on CUDA and HIP; ``info["graphs"]`` says whether they
+        are. It has been tested without a GPU only.
 
         Raises ``ModelError`` for a folder, device, dtype or kernel that cannot be used and
         ``WeightsError`` for NaN or Inf weights.
@@ -167,6 +170,7 @@ class DeepLatentMoM:
             fast=fast,
             attn=attention,
             kernel=kernel,
+            graphs=graphs,
         )
         options = {
             "device": device,

@@ -298,6 +298,7 @@ fn packets(
         fast: false,
         attention: None,
         kernel: None,
+        graphs: false,
     };
     let mut backend = mock::load(args.backend, &spec, host, err)?;
     for experiment in plan.runs() {

@@ -313,6 +313,7 @@ pub(crate) fn command(
         fast: false,
         attention: args.attention.clone(),
         kernel: args.kernel.clone(),
+        graphs: false,
     };
     let mut backend = host.load(&spec).map_err(|error| match error {
         HostError::NeedsPython(_) => HostError::NeedsPython("generate"),

@@ -58,6 +58,8 @@ pub struct EngineSpec {
     pub attention: Option<String>,
     /// What reads logits, where given: `rust`, `torch` or `triton`.
     pub kernel: Option<String>,
+    /// Steps captured and replayed.
+    pub graphs: bool,
 }
 
 /// Which figures to draw.

@@ -358,6 +358,7 @@ pub(crate) fn prepare(
         fast: args.fast,
         attention: args.attention.clone(),
         kernel: args.kernel.clone(),
+        graphs: args.graphs,
     };
     let mut backend = mock::load(args.backend, &spec, host, err)?;
     leave_out_unknown(&mut plan, &presets, &mut *backend, err)?;
@@ -461,6 +462,9 @@ pub(crate) fn prepare(
     }
     if info.consensus_kernel != "rust" {
         context["consensus_kernel"] = json!(info.consensus_kernel);
+    }
+    if info.graphs {
+        context["graphs"] = json!(true);
     }
     if !info.bit_invariant {
         context["rows"] = json!(rows);

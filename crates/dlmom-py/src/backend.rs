@@ -315,6 +315,7 @@ fn read_info(engine: &Bound<'_, PyAny>) -> PyResult<(EnsembleInfo, bool)> {
         bit_invariance_reason: text(info, "bit_invariance_reason")?,
         fixed_length: text(info, "fixed_length")?,
         consensus_kernel: text(info, "consensus_kernel")?,
+        graphs: text(info, "graphs")?,
     };
     let reads = info.consensus_kernel != "rust";
     Ok((info, reads))

@@ -72,6 +72,7 @@ pub fn load_engine<'py>(py: Python<'py>, spec: &EngineSpec) -> PyResult<Bound<'p
     options.set_item("fast", spec.fast)?;
     options.set_item("attn", &spec.attention)?;
     options.set_item("kernel", &spec.kernel)?;
+    options.set_item("graphs", spec.graphs)?;
     class.call_method(
         "load",
         (spec.experts.clone(), spec.agents.clone()),

@@ -119,6 +119,8 @@ pub struct EnsembleInfo {
     pub fixed_length: bool,
     /// What reads rows whose consensus sees the agents' own logits: `rust`, or a kernel where the logits are.
     pub consensus_kernel: String,
+    /// Whether the forwards of steps are captured and replayed.
+    pub graphs: bool,
 }
 
 impl EnsembleInfo {

@@ -93,6 +93,7 @@ impl MockBackend {
                 bit_invariance_reason: "rows are computed one by one".into(),
                 fixed_length: false,
                 consensus_kernel: "rust".into(),
+                graphs: false,
             },
             lanes: BTreeMap::new(),
             script,

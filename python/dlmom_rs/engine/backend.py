@@ -7,7 +7,8 @@ of them on the device. A lane's bits depend only on what was fed to that lane wh
 """
 
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, overload
@@ -28,11 +29,12 @@ from .device import (
 from .embed import embed, embed_dense
 from .errors import ModelError
 from .experts import Expert, load_expert, one_line
+from .graphs import Graph, cuda_graphs
 from .lanes import Lanes, PerRowLanes, RowSlotLanes
 from .packets import NOBODY, Call, Entries, RawCall, Values, read_call, read_entries
 from .prompts import Prompts, tokens
 from .reads import Logits, RawRead, RawReadout, Reader, check_reads, choose
-from .selftest import invariance_failure, reference_failure
+from .selftest import graphs_failure, invariance_failure, reference_failure
 
 #: One agent's logits on the host: (span_logits [spans, V], step_logits [rows, V]), None for none.
 Answer = tuple[Tensor | None, Tensor | None]
@@ -80,6 +82,8 @@ class Engine:
         self._aligners: dict[int, Aligner] = {}
         #: Reads rows on the device; None where all logits go to the host.
         self._reader: Reader | None = None
+        #: Makes what one agent's steps are captured with; None where nothing is captured.
+        self._graphs: Callable[[], Callable[[], Graph]] | None = None
         #: Spans that may be copied, by model; those of agents of one model are the same.
         self._prompts: list[Prompts] = []
         # Entered at every step; making one anew costs more than entering it.
@@ -100,6 +104,7 @@ class Engine:
         fast: bool,
         attn: str | None,
         kernel: str | None = None,
+        graphs: bool = False,
     ) -> "Engine":
         """Load the models, choose each one's path, and test it.
 
@@ -109,7 +114,8 @@ class Engine:
         positions. ``threads`` None means the physical cores. ``fast`` gives bit invariance up;
         ``deterministic`` asks for it on devices. ``kernel`` is what consensus runs on: ``rust`` on
         the host, ``torch`` or ``triton`` where the logits are, or ``auto`` (None), see
-        :func:`.reads.choose`.
+        :func:`.reads.choose`. ``graphs`` captures the forwards of steps and replays them, on CUDA
+        and HIP; where a model's steps cannot be captured, a warning says why and they are launched.
 
         Raises ModelError for anything wrong with a model, device, dtype or kernel, WeightsError for
         NaN or Inf weights, ValueError for other arguments.
@@ -127,6 +133,8 @@ class Engine:
         torch_device, device_name = parse_device(device)
         torch.set_num_threads(threads or physical_cores())
         on_cpu = torch_device.type == "cpu"
+        if graphs and torch_device.type != "cuda":
+            raise ModelError(f"steps cannot be captured on {device_name}: graphs need CUDA or HIP")
         invariant = not fast and (on_cpu or deterministic)
         if invariant and not on_cpu:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -153,6 +161,7 @@ class Engine:
         )
         engine._reader = reader
         engine._invariant = invariant
+        engine._graphs = cuda_graphs if graphs else None
         if not invariant:
             engine._bit_reason = (
                 "given up by the fast setting"
@@ -212,6 +221,8 @@ class Engine:
             Prompts(lanes.position_bytes() * self._capacity(expert) * max(1, self._slots // 8))
             for expert, lanes in zip(self._experts, templates, strict=True)
         ]
+        if self._graphs is not None:
+            self._capture(templates, self._graphs)
         taken: set[int] = set()
         for model in self._agents:
             template = templates[model]
@@ -221,8 +232,19 @@ class Engine:
                 if isinstance(template, RowSlotLanes) and isinstance(lanes, RowSlotLanes):
                     lanes.allocate_like(template)
                     lanes.min_bucket = template.min_bucket
+                    if template.graphs is not None and self._graphs is not None:
+                        lanes.graphs = self._graphs()
             taken.add(model)
             self._lanes.append(lanes)
+
+    def _capture(self, templates: list[Lanes], graphs: Callable[[], Callable[[], Graph]]) -> None:
+        """Let the lanes whose steps can be captured do so; a warning names the others."""
+        for expert, lanes in zip(self._experts, templates, strict=True):
+            reason: str | None = "its rows are forwarded one at a time"
+            if isinstance(lanes, RowSlotLanes):
+                reason = graphs_failure(expert, lanes, graphs())
+            if reason is not None:
+                warnings.warn(f"{expert.name}: steps are not captured: {reason}", stacklevel=4)
 
     def _make(self, expert: Expert, row_slot: bool) -> Lanes:
         if not row_slot:
@@ -278,6 +300,8 @@ class Engine:
             "slots": self._slots,
             "max_len": self._max_len,
             "consensus_kernel": "rust" if self._reader is None else self._reader.name,
+            "graphs": bool(self._lanes)
+            and all(isinstance(held, RowSlotLanes) and held.graphs for held in self._lanes),
             "bit_invariant": self._bit_invariant,
             "bit_invariance_reason": self._bit_reason,
             "fixed_length": any(

@@ -7,7 +7,7 @@ Positions advance only when a forward has succeeded. Callers run inside ``torch.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache import BUCKET, RowSlotCache, round_up
 from .experts import Expert
+from .graphs import Graph
 from .prompts import Fed, Pairs
 
 
@@ -215,6 +216,9 @@ class RowSlotLanes(Lanes):
         self._stepping: Places | None = None
         self._inputs: Tensor | None = None
         self._idle: Tensor | None = None
+        #: Makes what steps are captured with; None where every step is launched anew.
+        self.graphs: Callable[[], Graph] | None = None
+        self._captured: dict[int, Graph] = {}
 
     def span(self, slot: int, x: Tensor) -> Tensor:
         start = self.length(slot)
@@ -247,31 +251,47 @@ class RowSlotLanes(Lanes):
         self._where[:, at] = lengths
         if self._where_there.device.type != "cpu":
             self._where_there.copy_(torch.from_numpy(self._where))
-        plan.stepped()
         longest = int(lengths.max()) + 1
         self._written[at] = np.maximum(self._written[at], lengths + 1)
         bucket = min(plan.capacity, max(self.min_bucket, round_up(longest, BUCKET)))
-        plan.bucket = bucket
-        keys = self._visible.get(bucket)
-        if keys is None:
-            keys = self._visible[bucket] = self._keys[:bucket]
-        logits = self._logits(
-            self._batch(places, x),
-            self.cache,
-            attention_mask=self._masks.build(self._queries, keys),
-            position_ids=self._positions,
-        )
+        inputs = self._batch(places, x)
+        # Hidden states are noted by a hook, which a replay does not call.
+        if self.graphs is None or self.expert.captured is not None:
+            logits = self._forward(inputs, bucket)
+        else:
+            graph = self._captured.get(bucket)
+            if graph is None:
+                graph = self.graphs()
+                graph.capture(lambda: self._forward(inputs, bucket))
+                self._captured[bucket] = graph
+            logits = graph.replay()
         self.lengths[at] = lengths + 1
         if first is not None:
             return logits[first : first + len(slots)]
         return logits.index_select(0, places.rows)
 
+    def _forward(self, inputs: Tensor, bucket: int) -> Tensor:
+        """Logits [slots, head rows] of inputs [slots, 1, h] at the positions that are set."""
+        plan = self.cache.plan
+        plan.bucket = bucket
+        plan.stepped()
+        keys = self._visible.get(bucket)
+        if keys is None:
+            keys = self._visible[bucket] = self._keys[:bucket]
+        return self._logits(
+            inputs,
+            self.cache,
+            attention_mask=self._masks.build(self._queries, keys),
+            position_ids=self._positions,
+        )
+
     def _batch(self, places: Places, x: Tensor) -> Tensor:
         """Inputs of every slot: ``x`` [r, hidden] at places, dummies elsewhere: [slots, 1, h].
 
-        Dummies are fed an ordinary token, because a zero vector is no model's input.
+        Dummies are fed an ordinary token, because a zero vector is no model's input. Where steps
+        are captured, always the same memory.
         """
-        if x.shape[0] == self.slots and places.first == 0:
+        if self.graphs is None and x.shape[0] == self.slots and places.first == 0:
             self._stepping = places
             return x[:, None]
         if self._idle is None or self._inputs is None:

@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 
 from .cache import BUCKET, padded_rows, round_up
 from .embed import embed
-from .experts import Expert
+from .experts import Expert, one_line
+from .graphs import Graph
 from .lanes import Lanes, PerRowLanes, RowSlotLanes
 
 #: Largest difference from a lone run, as a share of the largest logit, in float32.
@@ -61,7 +62,8 @@ def drive(lanes: Lanes, rows: dict[int, Row]) -> dict[int, Tensor]:
     for i in range(STEPS):
         logits = lanes.step(slots, torch.stack([rows[slot].steps[i] for slot in slots]))
         for j, slot in enumerate(slots):
-            out[slot].append(logits[j])
+            # A captured step leaves the next one's logits in the same place.
+            out[slot].append(logits[j].clone())
     for slot in slots:
         lanes.close(slot)
     return {slot: torch.stack(logits).float() for slot, logits in out.items()}
@@ -192,4 +194,29 @@ def invariance_failure(expert: Expert, lanes: Lanes) -> str | None:
         few.min_bucket = lanes.min_bucket
         if not torch.equal(first, drive(few, {3: row})[3]):
             return "a row's bits depend on the number of slots"
+    return None
+
+
+def graphs_failure(expert: Expert, lanes: RowSlotLanes, make: Callable[[], Graph]) -> str | None:
+    """Why captured steps of these lanes cannot be used, or None, with the lanes capturing.
+
+    They have to be captured without an error and give the bits of steps that are launched one by
+    one, in the capture's own step and in later ones, for other rows in other slots.
+    """
+    crowds = [
+        {slot: make_row(expert, 10 * turn + slot, length, lanes.device) for slot, length in sizes}
+        for turn, sizes in enumerate(
+            [[(0, 5)], [(lanes.slots - 1, 9), (0, 2)], [(lanes.slots // 2, 3)]]
+        )
+    ]
+    launched = [drive(lanes, crowd) for crowd in crowds]
+    lanes.graphs = make
+    try:
+        for crowd, want in zip(crowds, launched, strict=True):
+            got = drive(lanes, crowd)
+            if any(not torch.equal(got[slot], want[slot]) for slot in crowd):
+                raise RuntimeError("a replayed step has other bits than a launched one")
+    except Exception as error:
+        lanes.graphs = None
+        return f"{type(error).__name__}: {one_line(error)}"
     return None

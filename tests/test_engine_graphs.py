@@ -1,0 +1,224 @@
+"""Captured steps, without a GPU: a capture is emulated by the operators it recorded.
+
+A CUDA graph replays kernels on the addresses they were launched with. The emulation records every
+operator with its very tensors and does the same again, into the very tensors it returned. A step
+that took anything from the host, or put results elsewhere, gives other bits when it is replayed.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from dlmom_rs.engine.backend import Engine
+from dlmom_rs.engine.errors import ModelError
+from dlmom_rs.engine.lanes import RowSlotLanes
+from dlmom_rs.engine.testing import Packet, advance, load, prefill, printed, save_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=16),
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=16, pad_token_id=None),
+}
+
+
+#: Operators whose results the host waits for.
+WAITING = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.item.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.nonzero.default,
+)
+
+
+class Recorded:
+    """A ``Graph`` of recorded operators."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self._ops: list[tuple[Any, Any, Any, Any]] = []
+        self._output: Tensor | None = None
+        self.replays = 0
+
+    def capture(self, work: Callable[[], Tensor]) -> None:
+        work()
+        ops = self._ops
+
+        class Recording(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                if op in WAITING:
+                    raise RuntimeError("a captured step waits for a value on the host")
+                out = op(*args, **(kwargs or {}))
+                ops.append((op, args, kwargs or {}, out))
+                return out
+
+        with Recording():
+            self._output = work()
+
+    def replay(self) -> Tensor:
+        assert self._output is not None
+        self.replays += 1
+        for op, args, kwargs, out in self._ops:
+            given = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            again = op(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                # Views, and what was written in place, are where they were.
+                if isinstance(old, Tensor) and storage(old) not in given:
+                    old.copy_(new)
+        return self._output
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def capture(engine: Engine) -> None:
+    """Capture the steps of a CPU engine, through the self-test that a GPU's go through."""
+    engine._graphs = lambda: Recorded
+    engine.reserve(engine.info()["slots"], engine.info()["max_len"])
+
+
+def story(engine: Engine, agents: int) -> list[Tensor]:
+    """Prompts, refills, waiting rows and several visible lengths; every step's logits."""
+    found: list[Tensor] = []
+
+    def go(rows: dict[int, Packet]) -> None:
+        for agent in range(agents):
+            found.extend(logits.clone() for logits in advance(engine, rows, agent).values())
+
+    everyone = range(engine.info()["slots"])
+    engine.open([(slot, agent, 150) for slot in everyone for agent in range(agents)])
+    for slot in everyone:
+        for agent in range(agents):
+            prefill(engine, slot, printed(range(1, 4 + 3 * slot)), agent)
+    for turn in range(4):
+        go({slot: [(turn + slot, 0.5), (7, 0.5)] for slot in (1, 3)})
+        go({slot: [(turn + slot, 1.0)] for slot in everyone})
+    engine.close([3])
+    engine.open([(3, agent, 150) for agent in range(agents)])
+    for agent in range(agents):
+        prefill(engine, 3, printed([n % 250 for n in range(1, 126)]), agent)
+    for turn in range(6):
+        go({3: [(turn, 0.75), (9, 0.25)], 0: [(turn + 1, 1.0)]})
+    engine.close(list(everyone))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"attn": "eager"}, {"dtype": "bf16", "attn": "sdpa"}])
+def test_replayed_steps_have_the_bits_of_launched_ones(
+    tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    folder = save_model(tmp_path / family, FAMILIES[family])
+    engine = load(folder, agents=[0, 0], max_len=150, **options)
+    launched = story(engine, 2)
+    Recorded.made = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        capture(engine)
+    assert engine.info()["graphs"] is True
+    made = Recorded.made
+    assert made > 0
+    replayed = story(engine, 2)
+    assert len(launched) == len(replayed)
+    assert all(map(torch.equal, launched, replayed))
+    # A graph for every visible length of either agent, and no more the second time.
+    assert Recorded.made > made
+    made = Recorded.made
+    assert all(map(torch.equal, launched, story(engine, 2)))
+    assert Recorded.made == made
+
+
+def test_a_step_that_keeps_hidden_states_is_launched(tmp_path: Path) -> None:
+    engine = load(save_model(tmp_path / "model", FAMILIES["qwen2"]))
+    capture(engine)
+    states = []
+    for hidden in ((), (0,)):
+        engine.open([(0, 0, 60)])
+        prefill(engine, 0, printed([1, 2, 3]))
+        logits = advance(engine, {0: [(4, 1.0)]}, hidden=hidden)[0]
+        states.append(logits.clone())
+    assert torch.equal(states[0], states[1])
+    assert len(engine.hidden([(0, 0)], False)[0]) == 4 * 32
+
+
+def test_what_cannot_be_captured_is_launched_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(save_model(tmp_path / "model", FAMILIES["qwen2"]), max_len=150)
+    launched = story(engine, 1)
+
+    def stale(self: RowSlotLanes, inputs: Tensor, bucket: int) -> Tensor:
+        """Where to write, from the host: right in the capture's own step, and never again."""
+        self.cache.plan.write_at(torch.from_numpy(self._where[1].copy()))
+        return run(self, inputs, bucket)
+
+    def waits(self: RowSlotLanes, inputs: Tensor, bucket: int) -> Tensor:
+        assert float(inputs.sum()) < 1e9
+        return run(self, inputs, bucket)
+
+    run = RowSlotLanes._forward
+    for broken, reason in ((waits, "waits for a value"), (stale, "other bits than a launched one")):
+        with monkeypatch.context() as patch:
+            patch.setattr(RowSlotLanes, "_forward", broken)
+            with pytest.warns(UserWarning, match=f"not captured: RuntimeError: .*{reason}"):
+                capture(engine)
+            assert engine.info()["graphs"] is False
+            if broken is waits:
+                assert all(map(torch.equal, launched, story(engine, 1)))
+
+    class Elsewhere(Recorded):
+        """A graph whose results are those of its capture for ever."""
+
+        def replay(self) -> Tensor:
+            assert self._output is not None
+            return self._output
+
+    engine._graphs = lambda: Elsewhere
+    with pytest.warns(UserWarning, match="other bits than a launched one"):
+        engine.reserve(8, 150)
+    assert engine.info()["graphs"] is False
+    assert all(map(torch.equal, launched, story(engine, 1)))
+
+
+def test_rows_forwarded_one_at_a_time_are_not_captured(tmp_path: Path) -> None:
+    sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    engine = load(save_model(tmp_path / "phi", PhiConfig(**sizes)))
+    with pytest.warns(UserWarning, match="one at a time"):
+        capture(engine)
+    assert engine.info()["graphs"] is False
+
+
+def test_a_cpu_has_no_graphs(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", FAMILIES["qwen2"])
+    with pytest.raises(ModelError, match="graphs need CUDA or HIP"):
+        load(folder, graphs=True)
+    assert load(folder).info()["graphs"] is False
