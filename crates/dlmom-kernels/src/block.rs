@@ -50,6 +50,12 @@ fn exp_clamped(d: f32) -> f32 {
     mantissa * f32::from_bits(shifted.to_bits() << 23)
 }
 
+/// `exp(d)` for `d <= 0`, `-inf` included.
+#[inline(always)]
+pub(crate) fn exp_or_zero(d: f32) -> f32 {
+    exp_clamped(if d > LEAST { d } else { LEAST })
+}
+
 /// `sum e_i` and `sum d_i e_i` of `len` values, padded with `-inf` to a whole unit, and their maximum.
 #[inline(always)]
 pub(crate) fn weigh(values: &Block, len: usize, max: f32) -> (f64, f64) {

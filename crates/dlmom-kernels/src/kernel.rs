@@ -4,6 +4,7 @@ use dlmom_core::{Consensus, Request, RowReadout};
 use rayon::ThreadPoolBuildError;
 use thiserror::Error;
 
+use crate::attend::{Attention, Misfit, attend};
 use crate::hands::{Hands, Helpers};
 use crate::logits::Logits;
 use crate::row::{Scratch, Task, read_row};
@@ -119,6 +120,17 @@ impl Kernel {
             request,
         };
         read_row(self.hands(), task, preferences, scratch, out);
+    }
+
+    /// Softmax attention of one query per row, `[rows, heads, dv]` in float32 into `out`, each row over its own positions.
+    ///
+    /// A row's bits depend on its own queries, keys and values alone, on every tier and number of threads. A row with a
+    /// score that is NaN or `+inf`, or without one above `-inf`, becomes NaN, as does one of mixed types.
+    ///
+    /// # Errors
+    /// [`Misfit`] for sizes that do not fit each other, and for a row that sees nothing.
+    pub fn attend(&self, call: &Attention<'_>, out: &mut [f32]) -> Result<(), Misfit> {
+        attend(self.hands(), call, out)
     }
 
     /// Reads a batch: a row per thread, or where there are fewer rows than threads, one row after the

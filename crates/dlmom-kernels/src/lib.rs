@@ -4,6 +4,7 @@
     reason = "a function is compiled for the instruction set of the loop it is inlined into"
 )]
 
+mod attend;
 mod best;
 mod block;
 mod hands;
@@ -15,6 +16,7 @@ mod row;
 mod scan;
 mod tier;
 
+pub use attend::{Attention, Grid, Misfit, Store};
 pub use kernel::{Kernel, KernelError, Row};
 pub use logits::Logits;
 pub use row::Scratch;

@@ -101,6 +101,52 @@ impl<'a> Logits<'a> {
     }
 }
 
+/// A number that is read as the float32 that equals it.
+pub(crate) trait Widen: Copy + Sync {
+    fn widen(self) -> f32;
+
+    /// Numbers that need no conversion.
+    #[inline(always)]
+    fn as_f32(values: &[Self]) -> Option<&[f32]> {
+        let _ = values;
+        None
+    }
+}
+
+impl Widen for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn as_f32(values: &[Self]) -> Option<&[f32]> {
+        Some(values)
+    }
+}
+
+impl Widen for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        widen_bf16(self)
+    }
+}
+
+impl Widen for f16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        widen_f16(self)
+    }
+}
+
+/// Converts as many values as there are.
+#[inline(always)]
+pub(crate) fn widened_into<T: Widen>(values: &[T], out: &mut [f32]) {
+    for (out, &value) in out.iter_mut().zip(values) {
+        *out = value.widen();
+    }
+}
+
 #[inline(always)]
 fn widen_bf16(z: bf16) -> f32 {
     f32::from_bits(u32::from(z.to_bits()) << 16)

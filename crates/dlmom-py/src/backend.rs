@@ -67,6 +67,46 @@ impl Data {
     }
 }
 
+/// Where a tensor's elements are.
+pub struct Layout {
+    pub shape: Vec<usize>,
+    /// In elements.
+    pub strides: Vec<usize>,
+    /// As torch prints it.
+    pub dtype: String,
+    /// `cpu`, `cuda`.
+    pub device: String,
+    pub address: usize,
+}
+
+impl Layout {
+    /// Asks a tensor.
+    pub fn of(tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = tensor.py();
+        let sizes = |value: Bound<'_, PyAny>| -> PyResult<Vec<usize>> {
+            value
+                .cast::<PyTuple>()?
+                .iter()
+                .map(|n| n.extract())
+                .collect()
+        };
+        let device = tensor
+            .getattr(intern!(py, "device"))?
+            .getattr(intern!(py, "type"))?;
+        Ok(Self {
+            shape: sizes(tensor.getattr(intern!(py, "shape"))?)?,
+            strides: sizes(tensor.call_method0(intern!(py, "stride"))?)?,
+            dtype: tensor
+                .getattr(intern!(py, "dtype"))?
+                .str()?
+                .to_str()?
+                .to_owned(),
+            device: device.cast::<PyString>()?.to_str()?.to_owned(),
+            address: tensor.call_method0(intern!(py, "data_ptr"))?.extract()?,
+        })
+    }
+}
+
 // SAFETY: `data` points into the tensor that `_tensor` keeps alive; the engine hands its logits
 // over and never writes them again, so shared reads from any thread are sound.
 unsafe impl Sync for Borrowed {}
@@ -77,28 +117,18 @@ impl Borrowed {
     /// Borrows a CPU tensor of shape `[rows, vocab]`: float32, bfloat16 or float16, rows contiguous, one behind the
     /// other or further apart.
     pub fn new(tensor: &Bound<'_, PyAny>, rows: usize, vocab: usize) -> PyResult<Self> {
-        let py = tensor.py();
-        let sizes = |value: Bound<'_, PyAny>| -> PyResult<Vec<usize>> {
-            value
-                .cast::<PyTuple>()?
-                .iter()
-                .map(|n| n.extract())
-                .collect()
-        };
-        let shape = sizes(tensor.getattr(intern!(py, "shape"))?)?;
-        let strides = sizes(tensor.call_method0(intern!(py, "stride"))?)?;
-        let dtype = tensor.getattr(intern!(py, "dtype"))?.str()?;
-        let dtype = dtype.to_str()?;
-        let device = tensor
-            .getattr(intern!(py, "device"))?
-            .getattr(intern!(py, "type"))?;
-        let device = device.cast::<PyString>()?.to_str()?;
-        let address: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let Layout {
+            shape,
+            strides,
+            dtype,
+            device,
+            address,
+        } = Layout::of(tensor)?;
         // The stride of a dimension of one element means nothing.
         let fits = shape == [rows, vocab]
             && (vocab <= 1 || strides[1] == 1)
             && (rows <= 1 || strides[0] >= vocab);
-        let (Some(data), true, "cpu") = (Data::new(dtype, address), fits, device) else {
+        let (Some(data), true, "cpu") = (Data::new(&dtype, address), fits, &*device) else {
             return Err(PyTypeError::new_err(format!(
                 "logits must be a CPU tensor of shape [{rows}, {vocab}], float32, bfloat16 or float16, with contiguous rows; got {dtype} {shape:?} with strides {strides:?} on {device}",
             )));

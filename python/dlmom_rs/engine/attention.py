@@ -3,20 +3,40 @@
 A step of the row-slot cache attends over as many positions as its longest row needs, so a short
 row sees masked positions behind its own. They weigh exactly 0, but a library's kernel adds the
 others in an order that depends on how many there are, and so a row's last bits would depend on its
-mates. Here keys are taken in blocks of ``BUCKET``, each block is reduced on its own, and the blocks
-are added along a tree in which blocks that are not there count as zeros.
+mates. Here every row's keys are taken in their own order, by the core's kernel, which leaves out
+what a row does not see. Rows that see positions with gaps between them are left to torch: keys in
+blocks of ``BUCKET``, each reduced on its own, added along a tree in which blocks that are not there
+count as zeros.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dlmom_rs import _core
 
 from .cache import BUCKET
 from .embed import tree_sum
 
 #: The name under which transformers knows it.
 BLOCKS = "blocks"
+
+
+@cache
+def _kernel(threads: int) -> _core.Kernel:
+    return _core.Kernel(threads)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Softmax attention of one query per row, accumulated in f32; see ``blocked_attention``."""
+    rows, heads, _, _ = q.shape
+    out = torch.empty(rows, heads, v.shape[3], dtype=torch.float32)
+    kernel = _kernel(torch.get_num_threads())
+    if not kernel.attend(q, k, v, visible, out, scale):
+        return blocked_attention(q, k, v, visible, scale)
+    return out[:, None].to(q.dtype)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -72,7 +92,7 @@ def _forward(
         )
     assert attention_mask is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return blocked_attention(query, key, value, attention_mask, scale), None
+    return attention(query, key, value, attention_mask, scale), None
 
 
 def register() -> None:
