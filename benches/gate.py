@@ -28,6 +28,7 @@ TOLERANCE = 1
 #: Package, example and arguments of every work, by name.
 WORKS = {
     "consensus": ("dlmom-kernels", "fixed_work", []),
+    "attention": ("dlmom-kernels", "fixed_attention", []),
     "packet": ("dlmom-benches", "fixed_protocol", ["packet"]),
     "controller": ("dlmom-benches", "fixed_protocol", ["controller"]),
     "round": ("dlmom-benches", "fixed_protocol", ["round"]),

@@ -169,7 +169,7 @@ fn body(call: &Attention<'_>, scratch: &mut Scratch, mut task: Task<'_>) {
     match (call.queries.data, call.keys.data, call.values.data) {
         (Store::F32(q), Store::F32(k), Store::F32(v)) => head(call, (q, k, v), scratch, &mut task),
         (Store::Bf16(q), Store::Bf16(k), Store::Bf16(v)) => {
-            head(call, (q, k, v), scratch, &mut task)
+            head(call, (q, k, v), scratch, &mut task);
         }
         (Store::F16(q), Store::F16(k), Store::F16(v)) => head(call, (q, k, v), scratch, &mut task),
         _ => task.out.fill(f32::NAN),

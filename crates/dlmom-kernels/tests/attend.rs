@@ -1,5 +1,7 @@
 //! Attention over ragged rows against a float64 softmax, and what its bits depend on.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use dlmom_kernels::{Attention, Grid, Kernel, Misfit, Store, Tier};
 use half::{bf16, f16};
 use proptest::prelude::*;

@@ -147,7 +147,7 @@ class Engine:
                 dtype=torch_dtype,
                 trust_remote_code=trust_remote_code,
                 attn=attn,
-                blocks=invariant and on_cpu,
+                blocks=on_cpu,
             )
             for source in experts
         ]
