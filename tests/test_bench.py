@@ -65,6 +65,13 @@ def test_both_sides_of_the_consensus_benchmark_compute_the_same(dtype: torch.dty
         assert sorted(own_probs) == pytest.approx(sorted(probs[row].tolist()), abs=1e-4)
 
 
+def test_attention_is_measured_over_ragged_rows() -> None:
+    entry = step._attention(rows=3, rounds=1)
+    assert entry.facts == {"positions": 512 + 288 + 64, "longest": 512}
+    assert entry.ours > 0
+    assert entry.baseline > 0
+
+
 def test_orchestration_is_what_is_left_of_a_step() -> None:
     entry = step._orchestration(rows=2, rounds=1)
     facts = entry.facts
@@ -173,5 +180,11 @@ def test_counts_of_another_compiler_say_nothing(
 
 def test_what_is_recorded_is_what_is_counted() -> None:
     recorded = json.loads((ROOT / "benches" / "instructions.json").read_text(encoding="utf-8"))
-    assert set(recorded["instructions"]) == {"consensus", "packet", "controller", "round"}
+    assert set(recorded["instructions"]) == {
+        "attention",
+        "consensus",
+        "packet",
+        "controller",
+        "round",
+    }
     assert all(count > 0 for count in recorded["instructions"].values())

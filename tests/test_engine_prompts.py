@@ -188,11 +188,20 @@ def test_memory_is_given_back_where_it_is_needed(
     with pytest.raises(MemoryError):
         prefill(engine, 1, printed(REST))
     assert engine.memory()["kv_bytes"] < held
+    # Nothing is kept any more, so a call that fails twice is not tried a third time.
     failures.clear()
     spans(engine, 0, [FIRST])
+    spans(engine, 2, [FIRST])
+    assert copied(engine) == 0
+    # Lanes that are reserved anew keep prompts again, and one failure is made good.
+    engine.reserve(8, 128)
+    spans(engine, 0, [FIRST])
+    run = engine._lanes[0].span
+    monkeypatch.setattr(engine._lanes[0], "span", short)
     failures.append(MemoryError("full"))
     engine.open([(1, 0, 60)])
     logits = prefill(engine, 1, printed(REST))
+    assert not failures
     assert torch.equal(logits, spans(load(qwen), 0, [REST]))
 
 
@@ -213,9 +222,10 @@ def test_the_budget_holds_and_the_latest_stay() -> None:
     kept = prompts.find((b"c",))
     assert kept is not None
     assert bool(kept.pairs[0][0].all())
-    assert prompts.clear()
-    assert not prompts.clear()
-    assert prompts.nbytes == 0
+    assert prompts.stop()
+    assert not prompts.stop()
+    prompts.keep((b"d",), [pair], logits)
+    assert (len(prompts), prompts.nbytes) == (0, 0)
 
 
 def test_tokens_are_what_is_certain() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dlmom_rs import _core
 from dlmom_rs.api import DeepLatentMoM
+from dlmom_rs.engine.attention import attention
 from dlmom_rs.engine.embed import embed
 from dlmom_rs.engine.lanes import RowSlotLanes
 
@@ -28,12 +30,44 @@ PRINTED_LONG, PRINTED_SHORT = 28, 8
 
 
 def entries(rounds: int, threads: int) -> Iterator[Entry]:
-    """Orchestration beyond the forwards at two experts, and explicit mode beside ``generate``."""
+    """Attention over ragged rows, orchestration beyond the forwards at two experts, and explicit
+    mode beside ``generate``."""
     torch.set_num_threads(threads)
+    for rows in (1, 8, 64):
+        yield _attention(rows, rounds)
     for rows in (1, 8, 32):
         yield _orchestration(rows, rounds)
     for rows in (1, 8):
         yield _beside_generate(rows, rounds)
+
+
+def _attention(rows: int, rounds: int) -> Entry:
+    """One layer of Qwen2.5-0.5B's shape over rows of 64 to 512 positions, in a cache of 1,024."""
+    heads, kv_heads, size, longest = 14, 2, 64, 512
+    draws = torch.Generator().manual_seed(rows)
+    query = torch.randn(rows, heads, 1, size, generator=draws)
+    keys, values = torch.randn(2, rows, kv_heads, 1024, size, generator=draws)[..., :longest, :]
+    lengths = torch.linspace(longest, 64, rows).long()
+    visible = (torch.arange(longest) < lengths[:, None])[:, None, None]
+
+    def ours() -> Tensor:
+        return attention(query, keys, values, visible, size**-0.5)
+
+    def sdpa() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=visible, enable_gqa=True
+        )
+
+    assert torch.allclose(ours(), sdpa().transpose(1, 2), atol=1e-5)
+    found = in_turns({"ours": ours, "sdpa": sdpa}, rounds=rounds, inner=max(1, 256 // rows))
+    return Entry(
+        f"attention B={rows}",
+        1e6 * found["ours"],
+        1e6 * found["sdpa"],
+        "us",
+        "scaled_dot_product_attention under a mask",
+        facts={"positions": int(lengths.sum()), "longest": longest},
+    )
 
 
 def _bare(engine: Any, rows: int, k: int) -> Callable[[], object]:

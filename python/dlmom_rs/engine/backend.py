@@ -457,7 +457,7 @@ class Engine:
             except BaseException as error:
                 for call, lengths in saved:
                     self._lanes[call.agent].restore(lengths, call.slots())
-                if not (out_of_memory(error) and self._forget_prompts()):
+                if not (out_of_memory(error) and self._stop_keeping()):
                     raise
                 answers = None
         if answers is None:
@@ -516,9 +516,9 @@ class Engine:
         lanes.fed[slot] = fed
         return logits
 
-    def _forget_prompts(self) -> bool:
-        """Give back the memory of prompts; whether there was any."""
-        return max([prompts.clear() for prompts in self._prompts], default=False)
+    def _stop_keeping(self) -> bool:
+        """Give back the memory of prompts for good; whether there was any."""
+        return max([prompts.stop() for prompts in self._prompts], default=False)
 
     def _kept(self, call: Call, states: list[Tensor]) -> dict[int, Tensor]:
         """Hidden states by slot, from what the forwards of a call left, in order."""

@@ -61,11 +61,11 @@ class Prompts:
         self._kept[fed] = Kept(copies, logits.clone(), nbytes)
         self.nbytes += nbytes
 
-    def clear(self) -> bool:
-        """Forget everything; whether there was anything."""
+    def stop(self) -> bool:
+        """Forget everything and keep nothing from now on; whether there was anything."""
         held = bool(self._kept)
         self._kept.clear()
-        self.nbytes = 0
+        self.nbytes = self.budget = 0
         return held
 
 
