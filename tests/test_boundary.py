@@ -11,6 +11,7 @@ import pytest
 
 import dlmom_rs
 from dlmom_rs import DeepLatentMoM, _core
+from dlmom_rs.bench import models
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +283,27 @@ def test_real_models_say_what_they_are_known_to_say(
     results = model.generate([prompt, *mates], config=explicit)
     assert isinstance(results, list)
     assert results[0].tokens[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("call", ["memory", "close"])
+def test_an_interrupt_in_a_call_that_cannot_fail_is_not_lost(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal's exception is raised in whatever the interpreter runs when it arrives."""
+    ensemble = models.ensemble(["zoo:tiny-math"], 1, fast=True)
+    engine = ensemble._engine
+    whole = getattr(engine, call)
+    calls = []
+
+    def interrupted(*given: object) -> object:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr(engine, call, interrupted)
+    config = models.loop_config(ensemble, gate="always_explicit", max_steps=3, answer_reserve=0)
+    sources = [models.asked(question) for question in models.questions(4)]
+    with pytest.raises(KeyboardInterrupt):
+        models.run(ensemble, sources, config, 1)
+    assert len(calls) < 5

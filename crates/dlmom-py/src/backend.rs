@@ -289,6 +289,14 @@ pub fn backend_error(py: Python<'_>, error: PyErr, context: impl Into<String>) -
     }
 }
 
+/// Lets the loop see, at its next look, an interrupt that arrived in a call which has no failures.
+pub fn interrupt_again(py: Python<'_>, error: &PyErr) {
+    if error.is_instance_of::<PyKeyboardInterrupt>(py) {
+        // SAFETY: it sets the flag of a signal; any thread may, at any time.
+        unsafe { pyo3::ffi::PyErr_SetInterrupt() };
+    }
+}
+
 fn text<'py, T: FromPyObjectOwned<'py>>(dict: &Bound<'py, PyDict>, key: &str) -> PyResult<T> {
     dict.get_item(key)?
         .ok_or_else(|| PyValueError::new_err(format!("engine info lacks '{key}'")))?
@@ -719,10 +727,10 @@ impl Backend for PyBackend {
         // Teardown is best effort: a failure here must not hide the error that led to it.
         let _ = Python::try_attach(|py| {
             let slots: Vec<u32> = slots.iter().map(|s| s.0).collect();
-            self.engine
-                .bind(py)
-                .call_method1("close", (slots,))
-                .map(|_| ())
+            let closed = self.engine.bind(py).call_method1("close", (slots,));
+            if let Err(error) = closed {
+                interrupt_again(py, &error);
+            }
         });
     }
 
@@ -738,7 +746,12 @@ impl Backend for PyBackend {
                 copied_positions: text(dict, "copied_positions")?,
             })
         };
-        Python::attach(|py| read(py).unwrap_or_default())
+        Python::attach(|py| {
+            read(py).unwrap_or_else(|error| {
+                interrupt_again(py, &error);
+                MemoryStats::default()
+            })
+        })
     }
 }
 

@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde_json::Value;
 
-use crate::backend::PyBackend;
+use crate::backend::{PyBackend, interrupt_again};
 
 /// Python's side of the command line.
 #[derive(Default)]
@@ -211,10 +211,13 @@ impl PyDisplay {
     fn call(&self, method: &str, payload: &Value) {
         Python::attach(|py| {
             // A display that fails must not take the run with it.
-            let _ = self
+            let shown = self
                 .object
                 .bind(py)
                 .call_method1(method, (payload.to_string(),));
+            if let Err(error) = shown {
+                interrupt_again(py, &error);
+            }
         });
     }
 }

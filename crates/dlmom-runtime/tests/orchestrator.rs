@@ -359,6 +359,21 @@ struct BadSlot {
     inner: MockBackend,
     bad_prompt: u32,
     bad: Vec<SlotId>,
+    /// Calls of these names and numbers are cancelled by the user.
+    cancelled: Option<(&'static str, u32)>,
+}
+
+impl BadSlot {
+    fn cancelled(&mut self, call: &str) -> Result<(), BackendError> {
+        match &mut self.cancelled {
+            Some((name, 0)) if *name == call => Err(BackendError::Cancelled(None)),
+            Some((name, left)) if *name == call => {
+                *left -= 1;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Backend for BadSlot {
@@ -366,12 +381,14 @@ impl Backend for BadSlot {
         self.inner.info()
     }
     fn encode(&mut self, model: ModelId, source: &PromptSource) -> Result<Vec<u32>, BackendError> {
+        self.cancelled("encode")?;
         self.inner.encode(model, source)
     }
     fn reserve(&mut self, slots: u32, max_len: u32) -> Result<(), BackendError> {
         self.inner.reserve(slots, max_len)
     }
     fn open(&mut self, lanes: &[LaneSpec]) -> Result<(), BackendError> {
+        self.cancelled("open")?;
         self.bad
             .retain(|s| !lanes.iter().any(|l| l.lane.slot == *s));
         self.inner.open(lanes)
@@ -413,6 +430,29 @@ fn bad_slot() -> BadSlot {
         inner: MockBackend::hashed(2, 23, 4, 64),
         bad_prompt: 4,
         bad: Vec::new(),
+        cancelled: None,
+    }
+}
+
+#[test]
+fn a_user_who_stops_the_run_while_a_sample_is_admitted_stops_the_run() {
+    for call in ["encode", "open"] {
+        let mut backend = bad_slot();
+        backend.bad_prompt = u32::MAX;
+        backend.cancelled = Some((call, 5));
+        let mut sink = Collect::default();
+        let mut jobs = (0..20).map(|i| job(i, 2, 4));
+        let error = run(
+            &mut backend,
+            &config(Gate::Threshold, 0.6),
+            &RunOptions::default(),
+            &mut jobs,
+            &mut sink,
+        )
+        .expect_err("the user asked to stop");
+        assert!(matches!(error, RunError::Interrupted(None)), "{error}");
+        // No sample is blamed for it.
+        assert!(sink.outcomes.iter().all(|o| o.error.is_none()), "{call}");
     }
 }
 

@@ -2,13 +2,29 @@
 
 use super::prompt::chunks;
 use super::{
-    AgentFacts, Backend, Job, LaneId, LaneSpec, Pairing, RunError, Session, Sink, SlotId, Stop,
+    AgentFacts, Backend, BackendError, Job, LaneId, LaneSpec, Pairing, RunError, Session, Sink,
+    SlotId, Stop,
 };
 use crate::outcome::{Follow, Rival};
 use crate::sample::{Active, Visit};
 
-/// A sample that could not be started, with how it ends and why.
-type NotStarted = (Box<Active>, Stop, String);
+/// Why a sample was not started.
+enum NotStarted {
+    /// It ends at once: how, and why.
+    Sample(Box<Active>, Stop, String),
+    /// The run ends.
+    Run(RunError),
+}
+
+impl NotStarted {
+    /// A backend's failure: the sample's, unless the user asked to stop.
+    fn new(active: Active, stop: Stop, error: BackendError) -> Self {
+        match error {
+            BackendError::Cancelled(source) => Self::Run(RunError::Interrupted(source)),
+            error => Self::Sample(Box::new(active), stop, error.to_string()),
+        }
+    }
+}
 
 impl Session {
     /// Fills free slots; true once there is nothing left to admit.
@@ -83,7 +99,8 @@ impl Session {
                 self.slots[slot.index()] = Some(active);
                 Ok(())
             }
-            Err((active, stop, error)) => {
+            Err(NotStarted::Run(error)) => Err(error),
+            Err(NotStarted::Sample(active, stop, error)) => {
                 self.finish(backend, slot, *active, stop, Some(error), sink)
             }
         }
@@ -111,7 +128,8 @@ impl Session {
         follower.pairing = Some(Pairing::Rival(slot, rival.follow));
         let mut leader = match self.start(backend, slot, leader) {
             Ok(leader) => leader,
-            Err((mut active, stop, error)) => {
+            Err(NotStarted::Run(error)) => return Err(error),
+            Err(NotStarted::Sample(mut active, stop, error)) => {
                 active.pairing = Some(Pairing::Leader(None));
                 return self.finish(backend, slot, *active, stop, Some(error), sink);
             }
@@ -120,16 +138,23 @@ impl Session {
             // It is fed what the sample is fed, so it needs the sample's room.
             follower.limits.clone_from(&leader.limits);
         }
-        if let Ok(mut follower) = self.start(backend, second, follower) {
-            if rival.follow == Follow::OneStep {
-                // Its lanes are made anew from the leader's before every comparison.
-                follower.queue.clear();
+        match self.start(backend, second, follower) {
+            Ok(mut follower) => {
+                if rival.follow == Follow::OneStep {
+                    // Its lanes are made anew from the leader's before every comparison.
+                    follower.queue.clear();
+                }
+                self.slots[second.index()] = Some(follower);
             }
-            self.slots[second.index()] = Some(follower);
-        } else {
-            // The sample itself can go on, without comparisons.
-            leader.pairing = Some(Pairing::Leader(None));
-            backend.close(&[second]);
+            Err(NotStarted::Run(error)) => {
+                backend.close(&[slot, second]);
+                return Err(error);
+            }
+            Err(NotStarted::Sample(..)) => {
+                // The sample itself can go on, without comparisons.
+                leader.pairing = Some(Pairing::Leader(None));
+                backend.close(&[second]);
+            }
         }
         self.slots[slot.index()] = Some(leader);
         Ok(())
@@ -171,17 +196,22 @@ impl Session {
             let fact = &self.facts[place];
             let ids = match backend.encode(fact.model, &active.job.prompts[place]) {
                 Ok(ids) => ids,
-                Err(error) => return Err((Box::new(active), Stop::Prompt, error.to_string())),
+                Err(error) => return Err(NotStarted::new(active, Stop::Prompt, error)),
             };
             match self.lane(slot, fact, &active, place, ids.len() as u32) {
                 Ok(lane) => lanes.push(LaneSpec {
                     max_len: lane.max_len.max(active.limits[place]),
                     ..lane
                 }),
-                Err(error) => return Err((Box::new(active), Stop::Prompt, error)),
+                Err(error) => {
+                    return Err(NotStarted::Sample(Box::new(active), Stop::Prompt, error));
+                }
             }
             let (model, source) = (fact.model, &active.job.prompts[place]);
-            prompts.push(self.beginnings.prompt(backend, model, source, ids));
+            match self.beginnings.prompt(backend, model, source, ids) {
+                Ok(prompt) => prompts.push(prompt),
+                Err(error) => return Err(NotStarted::new(active, Stop::Prompt, error)),
+            }
         }
         for (place, (prompt, lane)) in self.movers(&active).zip(prompts.iter().zip(&lanes)) {
             active.limits[place] = lane.max_len;
@@ -191,7 +221,7 @@ impl Session {
         active.queue.extend(chunks(&prompts));
         match backend.open(&lanes) {
             Ok(()) => Ok(active),
-            Err(error) => Err((Box::new(active), Stop::Backend, error.to_string())),
+            Err(error) => Err(NotStarted::new(active, Stop::Backend, error)),
         }
     }
 

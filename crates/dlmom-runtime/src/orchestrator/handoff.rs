@@ -235,6 +235,7 @@ impl Session {
             let source = &active.job.prompts[to];
             self.beginnings
                 .prompt(backend, self.facts[to].model, source, prompt)
+                .map_err(failed)?
         } else {
             Prompt {
                 ids: prompt,

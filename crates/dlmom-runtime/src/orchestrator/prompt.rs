@@ -3,9 +3,10 @@
 //! A cut shows in a prompt's last bits, so it depends on the prompt and the tokenizer alone, never on what else runs.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 
-use super::Backend;
+use super::{Backend, BackendError};
 use crate::backend::{Message, PromptSource};
 use crate::ids::ModelId;
 use crate::sample::NextFeed;
@@ -43,7 +44,7 @@ impl Beginnings {
         model: ModelId,
         source: &PromptSource,
         ids: Vec<u32>,
-    ) -> Prompt {
+    ) -> Result<Prompt, BackendError> {
         let before = match source {
             PromptSource::Chat { messages } => messages
                 .iter()
@@ -54,36 +55,41 @@ impl Beginnings {
         let shared = if before.is_empty() {
             0
         } else {
-            let beginning = self
-                .known
-                .entry((model, before.to_vec()))
-                .or_insert_with(|| beginning(backend, model, before));
+            let beginning = match self.known.entry((model, before.to_vec())) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(place) => place.insert(beginning(backend, model, before)?),
+            };
             common(beginning, &ids)
         };
         let worth = shared >= SHARED && shared + 1 < ids.len();
-        Prompt {
+        Ok(Prompt {
             ids,
             shared: if worth { shared } else { 0 },
-        }
+        })
     }
 }
 
 /// Tokens that chats have in common whatever the user says next; none where such a chat cannot be encoded.
-fn beginning(backend: &mut dyn Backend, model: ModelId, before: &[Message]) -> Vec<u32> {
-    let [first, second] = PROBES.map(|probe| {
+fn beginning(
+    backend: &mut dyn Backend,
+    model: ModelId,
+    before: &[Message],
+) -> Result<Vec<u32>, BackendError> {
+    let mut encoded = |probe: &str| {
         let last = Message {
             role: USER.to_owned(),
             content: probe.to_owned(),
         };
         let messages = before.iter().cloned().chain([last]).collect();
-        backend
-            .encode(model, &PromptSource::Chat { messages })
-            .unwrap_or_default()
-    });
-    let length = common(&first, &second);
-    let mut beginning = first;
-    beginning.truncate(length);
-    beginning
+        match backend.encode(model, &PromptSource::Chat { messages }) {
+            Err(error @ BackendError::Cancelled(_)) => Err(error),
+            other => Ok(other.unwrap_or_default()),
+        }
+    };
+    let [first, second] = PROBES;
+    let (mut beginning, other) = (encoded(first)?, encoded(second)?);
+    beginning.truncate(common(&beginning, &other));
+    Ok(beginning)
 }
 
 /// Length of the longest common beginning.
