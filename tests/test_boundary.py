@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,9 +288,12 @@ def test_real_models_say_what_they_are_known_to_say(
 
 @pytest.mark.parametrize("call", ["memory", "close"])
 def test_an_interrupt_in_a_call_that_cannot_fail_is_not_lost(
-    call: str, monkeypatch: pytest.MonkeyPatch
+    call: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """A signal's exception is raised in whatever the interpreter runs when it arrives."""
+    # A shell's background jobs ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     ensemble = models.ensemble(["zoo:tiny-math"], 1, fast=True)
     engine = ensemble._engine
     whole = getattr(engine, call)

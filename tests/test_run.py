@@ -296,12 +296,15 @@ def _size(out: Path) -> int:
 def test_interruption_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     words = [w for w in resume(out) if w != "--resume"]
+    # A shell's background jobs ignore it, and hand that on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "dlmom_rs", *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     assert process.stderr is not None
     while process.poll() is None and _size(out) < 1000:
         time.sleep(0.01)
