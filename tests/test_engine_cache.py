@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from dlmom_rs.engine import selftest
+from dlmom_rs.engine import backend, selftest
 from dlmom_rs.engine.backend import Engine
 from dlmom_rs.engine.cache import RowSlotLayer
 from dlmom_rs.engine.embed import embed
@@ -315,6 +315,27 @@ def test_nan_in_a_lane_stays_there_and_goes_with_it(qwen: Path, how: str) -> Non
         assert torch.equal(advance(engine, {0: [(1, 1.0)]})[0], clean[0])
     assert same(clean, run([(8, 1.0)]))
     engine.close([0, 1])
+
+
+def test_every_agent_is_launched_before_anything_is_waited_for(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(qwen, agents=[0, 0])
+    engine.open([(0, 0, 20), (0, 1, 20)])
+    done: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            done.append(name)
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(RowSlotLanes, "step", noted("launch", RowSlotLanes.step))
+    monkeypatch.setattr(backend, "_readout", noted("wait", backend._readout))
+    rows = step({0: [(1, 1.0)]})
+    engine.advance([(0, [], rows, []), (1, [], rows, [])])
+    assert done == ["launch", "launch", "wait", "wait"]
 
 
 class Broken(RuntimeError):

@@ -200,7 +200,10 @@ def test_eager_where_sdpa_is_asked_of_a_family_without_it(tmp_path: Path) -> Non
     assert info["bit_invariant"]
     for attention in ("sdpa", "blocks"):
         assert load(llama, attn=attention).info()["models"][0]["attention"] == attention
-    assert load(llama, fast=True).info()["models"][0]["attention"] == "sdpa"
+    # The faster one on a CPU, where nobody asks for equal bits as well.
+    fast = load(llama, fast=True).info()
+    assert fast["models"][0]["attention"] == "blocks"
+    assert not fast["bit_invariant"]
     with pytest.raises(ModelError, match="no blocks attention"):
         load(folder, attn="blocks")
     with pytest.raises(ModelError, match="no blocks attention"):

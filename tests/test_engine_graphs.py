@@ -205,7 +205,23 @@ def test_what_cannot_be_captured_is_launched_and_said(
     with pytest.warns(UserWarning, match="other bits than a launched one"):
         engine.reserve(8, 150)
     assert engine.info()["graphs"] is False
+    lanes = engine._lanes[0]
+    assert isinstance(lanes, RowSlotLanes)
+    assert not lanes._captured, "what was captured is freed"
     assert all(map(torch.equal, launched, story(engine, 1)))
+
+
+def test_out_of_memory_is_no_reason_to_launch(tmp_path: Path) -> None:
+    engine = load(save_model(tmp_path / "model", FAMILIES["qwen2"]), attn="sdpa")
+
+    class Full(Recorded):
+        def capture(self, work: Callable[[], Tensor]) -> None:
+            work()
+            raise MemoryError("no room for a graph")
+
+    engine._graphs = lambda: Full
+    with pytest.raises(MemoryError, match="no room for a graph"):
+        engine.reserve(8, 128)
 
 
 def test_rows_forwarded_one_at_a_time_are_not_captured(tmp_path: Path) -> None:

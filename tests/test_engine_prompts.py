@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,39 +20,28 @@ FIRST = [5, 6, 7, 8]
 REST = [9, 10, 11]
 
 
-def qwen2() -> PreTrainedConfig:
-    return Qwen2Config(
-        vocab_size=272,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
+SIZES: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+QWEN2 = Qwen2Config(**SIZES, num_key_value_heads=2)
+#: A family that runs one row at a time.
+PHI = PhiConfig(**SIZES)
 
 
-def phi() -> PreTrainedConfig:
-    """A family that runs one row at a time."""
-    return PhiConfig(
-        vocab_size=272,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-    )
-
-
-@pytest.fixture(params=[qwen2, phi], ids=["row slots", "one row at a time"])
+@pytest.fixture(params=[QWEN2, PHI], ids=["row slots", "one row at a time"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    config: PreTrainedConfig = request.param()
+    config: PreTrainedConfig = request.param
     return save_model(tmp_path / "model", config)
 
 
 @pytest.fixture
 def qwen(tmp_path: Path) -> Path:
-    return save_model(tmp_path / "qwen", qwen2())
+    return save_model(tmp_path / "qwen", QWEN2)
 
 
 def copied(engine: Engine) -> int:
@@ -239,7 +229,7 @@ def test_tokens_are_what_is_certain() -> None:
 
 def test_instructions_are_forwarded_once_for_all_questions(tmp_path: Path) -> None:
     """The loop cuts prompts behind what they have in common, and the engine copies that."""
-    folder = save_model(tmp_path / "chat", qwen2(), chat=True)
+    folder = save_model(tmp_path / "chat", QWEN2, chat=True)
     ensemble = models.ensemble([str(folder)], 8)
     system = {"role": "system", "content": "Add, subtract, and say what is left. " * 3}
     sources = [

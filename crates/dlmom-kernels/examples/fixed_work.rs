@@ -8,11 +8,8 @@ use half::bf16;
 const VOCAB: u32 = 32_000;
 
 fn main() -> Result<(), KernelError> {
-    let named = std::env::args().nth(1);
-    let tier = Tier::ALL
-        .into_iter()
-        .find(|tier| named.as_deref() == Some(tier.name()))
-        .unwrap_or(Tier::Avx2);
+    let named = std::env::args().nth(1).and_then(|name| Tier::named(&name));
+    let tier = named.unwrap_or(Tier::Avx2);
     let kernel = Kernel::with_tier(tier, 1)?;
 
     // Weyl sequences: even, without a generator's cost in the count.

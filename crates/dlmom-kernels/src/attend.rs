@@ -4,11 +4,11 @@
 //! mask, and adds in an order that depends on how far that is. Here a row reads its own positions only, in their order, so
 //! that neither its bits nor its time depend on its mates.
 
-use half::{bf16, f16};
+use std::mem::discriminant;
 
 use crate::block::exp_or_zero;
 use crate::hands::Hands;
-use crate::logits::{Widen, widened_into};
+use crate::logits::{Floats, Widen, widened_into};
 use crate::tier::{Available, tiered};
 
 /// Keys that are weighed and added up at a time.
@@ -16,32 +16,11 @@ const KEYS: usize = 64;
 /// Elements of a dot product that go side by side, whatever the width of the registers.
 const LANES: usize = 16;
 
-/// Numbers as models store them.
-#[derive(Clone, Copy, Debug)]
-pub enum Store<'a> {
-    /// float32.
-    F32(&'a [f32]),
-    /// bfloat16.
-    Bf16(&'a [bf16]),
-    /// float16.
-    F16(&'a [f16]),
-}
-
-impl Store<'_> {
-    fn len(self) -> usize {
-        match self {
-            Self::F32(data) => data.len(),
-            Self::Bf16(data) => data.len(),
-            Self::F16(data) => data.len(),
-        }
-    }
-}
-
 /// `[rows, heads, positions, size]` in memory of any strides; the elements of one position are neighbours.
 #[derive(Clone, Copy, Debug)]
 pub struct Grid<'a> {
     /// From the first element on.
-    pub data: Store<'a>,
+    pub data: Floats<'a>,
     /// Rows, heads, positions, and elements of a position.
     pub shape: [usize; 4],
     /// Elements from one row, head and position to the next.
@@ -78,9 +57,11 @@ pub struct Attention<'a> {
     pub scale: f32,
 }
 
-/// Sizes that do not belong together.
+/// Sizes or types that do not belong together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("queries, keys, values, visible positions and results of attention do not fit each other")]
+#[error(
+    "queries, keys, values, visible positions and results of attention do not fit each other in size or type"
+)]
 pub struct Misfit;
 
 /// Work from which on helpers are worth waking: products of a call.
@@ -97,7 +78,9 @@ pub(crate) fn attend(
     let [rows, heads, one, d] = call.queries.shape;
     let [key_rows, kv_heads, positions, key_size] = call.keys.shape;
     let [.., dv] = call.values.shape;
+    let types = [call.queries, call.keys, call.values].map(|grid| discriminant(&grid.data));
     let fit = one == 1
+        && types.iter().all(|kind| *kind == types[0])
         && key_rows == rows
         && key_size == d
         && call.values.shape == [rows, kv_heads, positions, dv]
@@ -167,12 +150,16 @@ tiered! {
 #[inline(always)]
 fn body(call: &Attention<'_>, scratch: &mut Scratch, mut task: Task<'_>) {
     match (call.queries.data, call.keys.data, call.values.data) {
-        (Store::F32(q), Store::F32(k), Store::F32(v)) => head(call, (q, k, v), scratch, &mut task),
-        (Store::Bf16(q), Store::Bf16(k), Store::Bf16(v)) => {
+        (Floats::F32(q), Floats::F32(k), Floats::F32(v)) => {
             head(call, (q, k, v), scratch, &mut task);
         }
-        (Store::F16(q), Store::F16(k), Store::F16(v)) => head(call, (q, k, v), scratch, &mut task),
-        _ => task.out.fill(f32::NAN),
+        (Floats::Bf16(q), Floats::Bf16(k), Floats::Bf16(v)) => {
+            head(call, (q, k, v), scratch, &mut task);
+        }
+        (Floats::F16(q), Floats::F16(k), Floats::F16(v)) => {
+            head(call, (q, k, v), scratch, &mut task);
+        }
+        _ => unreachable!("types were compared"),
     }
 }
 

@@ -125,10 +125,10 @@ impl Kernel {
     /// Softmax attention of one query per row, `[rows, heads, dv]` in float32 into `out`, each row over its own positions.
     ///
     /// A row's bits depend on its own queries, keys and values alone, on every tier and number of threads. A row with a
-    /// score that is NaN or `+inf`, or without one above `-inf`, becomes NaN, as does one of mixed types.
+    /// score that is NaN or `+inf`, or without one above `-inf`, becomes NaN.
     ///
     /// # Errors
-    /// [`Misfit`] for sizes that do not fit each other, and for a row that sees nothing.
+    /// [`Misfit`] for sizes and types that do not fit each other, and for a row that sees nothing.
     pub fn attend(&self, call: &Attention<'_>, out: &mut [f32]) -> Result<(), Misfit> {
         attend(self.hands(), call, out)
     }

@@ -16,8 +16,8 @@ mod row;
 mod scan;
 mod tier;
 
-pub use attend::{Attention, Grid, Misfit, Store};
+pub use attend::{Attention, Grid, Misfit};
 pub use kernel::{Kernel, KernelError, Row};
-pub use logits::Logits;
+pub use logits::{Floats, Logits};
 pub use row::Scratch;
 pub use tier::Tier;

@@ -11,9 +11,12 @@ pub(crate) const UNIT: usize = 64;
 /// One block of a row as float32.
 pub(crate) type Block = [f32; BLOCK];
 
-/// One expert's logits of a row, `[V]`. Every value is read as the float32 that equals it.
+/// One expert's logits of a row, `[V]`.
+pub type Logits<'a> = Floats<'a>;
+
+/// Numbers as models store them. Every value is read as the float32 that equals it.
 #[derive(Clone, Copy, Debug)]
-pub enum Logits<'a> {
+pub enum Floats<'a> {
     /// float32.
     F32(&'a [f32]),
     /// bfloat16.
@@ -22,8 +25,8 @@ pub enum Logits<'a> {
     F16(&'a [f16]),
 }
 
-impl<'a> Logits<'a> {
-    /// Number of logits.
+impl<'a> Floats<'a> {
+    /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
         match self {
@@ -33,13 +36,13 @@ impl<'a> Logits<'a> {
         }
     }
 
-    /// Whether there is no logit.
+    /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// One logit, if the row is long enough.
+    /// One of them, if there are so many.
     #[must_use]
     pub fn get(&self, id: usize) -> Option<f32> {
         match self {
@@ -49,7 +52,7 @@ impl<'a> Logits<'a> {
         }
     }
 
-    /// All logits as float32, in `out` if they have to be converted.
+    /// The first `vocab` as float32, in `out` if they have to be converted.
     #[must_use]
     pub fn widened<'b>(&self, vocab: usize, out: &'b mut Vec<f32>) -> &'b [f32]
     where
@@ -64,7 +67,7 @@ impl<'a> Logits<'a> {
         out
     }
 
-    /// The `len` logits from `start`, followed by `pad`ding up to a whole unit. What follows that is
+    /// The `len` numbers from `start`, followed by `pad`ding up to a whole unit. What follows that is
     /// anything. A whole block of float32 stays where it is.
     #[inline(always)]
     pub(crate) fn block<'b>(

@@ -48,6 +48,12 @@ impl Tier {
             .unwrap_or(Self::Generic)
     }
 
+    /// The tier of a [`Tier::name`].
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|tier| tier.name() == name)
+    }
+
     /// `generic`, `avx2` or `avx512`.
     #[must_use]
     pub fn name(self) -> &'static str {

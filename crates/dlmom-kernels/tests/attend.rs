@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
-use dlmom_kernels::{Attention, Grid, Kernel, Misfit, Store, Tier};
+use dlmom_kernels::{Attention, Floats, Grid, Kernel, Misfit, Tier};
 use half::{bf16, f16};
 use proptest::prelude::*;
 
@@ -50,7 +50,7 @@ impl Case {
         }
     }
 
-    fn call<'a>(&'a self, positions: usize, data: [Store<'a>; 3]) -> Attention<'a> {
+    fn call<'a>(&'a self, positions: usize, data: [Floats<'a>; 3]) -> Attention<'a> {
         let Self {
             rows,
             kv_heads,
@@ -85,14 +85,14 @@ impl Case {
 
     fn run(&self, kernel: &Kernel) -> Vec<f32> {
         let data = [
-            Store::F32(&self.q),
-            Store::F32(&self.k),
-            Store::F32(&self.v),
+            Floats::F32(&self.q),
+            Floats::F32(&self.k),
+            Floats::F32(&self.v),
         ];
         self.run_on(kernel, self.capacity, data)
     }
 
-    fn run_on(&self, kernel: &Kernel, positions: usize, data: [Store<'_>; 3]) -> Vec<f32> {
+    fn run_on(&self, kernel: &Kernel, positions: usize, data: [Floats<'_>; 3]) -> Vec<f32> {
         let mut out = vec![7.0; self.rows * self.kv_heads * self.groups * self.dv];
         kernel
             .attend(&self.call(positions, data), &mut out)
@@ -210,7 +210,7 @@ proptest! {
         }
         prop_assert_eq!(bits(&other.run(&kernel)), bits(&first));
         let furthest = case.visible.iter().map(|(_, to)| *to).max().unwrap_or(1);
-        let data = [Store::F32(&case.q), Store::F32(&case.k), Store::F32(&case.v)];
+        let data = [Floats::F32(&case.q), Floats::F32(&case.k), Floats::F32(&case.v)];
         prop_assert_eq!(bits(&case.run_on(&kernel, furthest, data)), bits(&first));
         // Another row's NaN is its own.
         let mut broken = case.clone();
@@ -231,7 +231,7 @@ proptest! {
                 let (q, k, v) = (narrow(&case.q), narrow(&case.k), narrow(&case.v));
                 let wide = |x: &Vec<$kind>| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
                 let same = Case { q: wide(&q), k: wide(&k), v: wide(&v), ..case.clone() };
-                let data = [Store::$store(&q), Store::$store(&k), Store::$store(&v)];
+                let data = [Floats::$store(&q), Floats::$store(&k), Floats::$store(&v)];
                 let got = case.run_on(&kernel, case.capacity, data);
                 prop_assert_eq!(bits(&got), bits(&same.run(&kernel)));
             };
@@ -267,21 +267,23 @@ fn sizes_that_do_not_fit_are_refused() {
     let kernel = Kernel::default();
     let case = Case::new([2, 2, 2, 5, 4, 3], vec![(0, 5), (1, 3)], 1);
     let data = [
-        Store::F32(&case.q),
-        Store::F32(&case.k),
-        Store::F32(&case.v),
+        Floats::F32(&case.q),
+        Floats::F32(&case.k),
+        Floats::F32(&case.v),
     ];
     let good = case.call(5, data);
     let mut out = vec![0.0; 24];
     assert_eq!(kernel.attend(&good, &mut out), Ok(()));
     assert_eq!(kernel.attend(&good, &mut out[..23]), Err(Misfit));
-    let mut bad = vec![good; 6];
+    let halves = vec![bf16::ONE; case.q.len()];
+    let mut bad = vec![good; 7];
     bad[0].visible = &[(0, 5)];
     bad[1].visible = &[(0, 5), (2, 2)];
     bad[2].visible = &[(0, 6), (1, 3)];
     bad[3].queries.shape[1] = 3;
     bad[4].keys.shape[3] = 5;
-    bad[5].values.data = Store::F32(&case.v[..40]);
+    bad[5].values.data = Floats::F32(&case.v[..40]);
+    bad[6].queries.data = Floats::Bf16(&halves);
     for call in bad {
         assert_eq!(kernel.attend(&call, &mut out), Err(Misfit), "{call:?}");
     }

@@ -6,15 +6,15 @@ use dlmom_runtime::{
     LaneSpec, Logits, MemoryStats, ModelId, ModelInfo, Payload, PromptSource, ReadRow, Readout,
     Row, SlotId, check_rows,
 };
-use half::{bf16, f16};
 use pyo3::exceptions::{
     PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PySystemExit, PyTypeError, PyValueError,
 };
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyTuple};
 
 use crate::reads::{Answer, Read, plan};
+use crate::tensors::Borrowed;
 
 /// The Python engine behind the boundary.
 pub struct PyBackend {
@@ -25,151 +25,6 @@ pub struct PyBackend {
     reads: bool,
     /// Readouts of the other rows, where it does.
     others: Readout,
-}
-
-/// Logits of one forward, borrowed from a live tensor.
-pub struct Borrowed {
-    /// Keeps the memory alive for as long as `data` is read.
-    _tensor: Py<PyAny>,
-    data: Data,
-    rows: usize,
-    vocab: usize,
-    /// Elements from one row to the next.
-    stride: usize,
-}
-
-/// Where the first logit is, and what it is.
-#[derive(Clone, Copy)]
-enum Data {
-    F32(*const f32),
-    Bf16(*const bf16),
-    F16(*const f16),
-}
-
-impl Data {
-    /// Logits of a type, by its name in torch.
-    fn new(dtype: &str, address: usize) -> Option<Self> {
-        match dtype {
-            "torch.float32" => Some(Self::F32(address as *const f32)),
-            "torch.bfloat16" => Some(Self::Bf16(address as *const bf16)),
-            "torch.float16" => Some(Self::F16(address as *const f16)),
-            _ => None,
-        }
-    }
-
-    /// Whether values can be read there.
-    fn is_readable(self) -> bool {
-        match self {
-            Self::F32(data) => !data.is_null() && data.is_aligned(),
-            Self::Bf16(data) => !data.is_null() && data.is_aligned(),
-            Self::F16(data) => !data.is_null() && data.is_aligned(),
-        }
-    }
-}
-
-/// Where a tensor's elements are.
-pub struct Layout {
-    pub shape: Vec<usize>,
-    /// In elements.
-    pub strides: Vec<usize>,
-    /// As torch prints it.
-    pub dtype: String,
-    /// `cpu`, `cuda`.
-    pub device: String,
-    pub address: usize,
-}
-
-impl Layout {
-    /// Asks a tensor.
-    pub fn of(tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let py = tensor.py();
-        let sizes = |value: Bound<'_, PyAny>| -> PyResult<Vec<usize>> {
-            value
-                .cast::<PyTuple>()?
-                .iter()
-                .map(|n| n.extract())
-                .collect()
-        };
-        let device = tensor
-            .getattr(intern!(py, "device"))?
-            .getattr(intern!(py, "type"))?;
-        Ok(Self {
-            shape: sizes(tensor.getattr(intern!(py, "shape"))?)?,
-            strides: sizes(tensor.call_method0(intern!(py, "stride"))?)?,
-            dtype: tensor
-                .getattr(intern!(py, "dtype"))?
-                .str()?
-                .to_str()?
-                .to_owned(),
-            device: device.cast::<PyString>()?.to_str()?.to_owned(),
-            address: tensor.call_method0(intern!(py, "data_ptr"))?.extract()?,
-        })
-    }
-}
-
-// SAFETY: `data` points into the tensor that `_tensor` keeps alive; the engine hands its logits
-// over and never writes them again, so shared reads from any thread are sound.
-unsafe impl Sync for Borrowed {}
-// SAFETY: as above; dropping `_tensor` off the interpreter's thread is deferred by PyO3.
-unsafe impl Send for Borrowed {}
-
-impl Borrowed {
-    /// Borrows a CPU tensor of shape `[rows, vocab]`: float32, bfloat16 or float16, rows contiguous, one behind the
-    /// other or further apart.
-    pub fn new(tensor: &Bound<'_, PyAny>, rows: usize, vocab: usize) -> PyResult<Self> {
-        let Layout {
-            shape,
-            strides,
-            dtype,
-            device,
-            address,
-        } = Layout::of(tensor)?;
-        // The stride of a dimension of one element means nothing.
-        let fits = shape == [rows, vocab]
-            && (vocab <= 1 || strides[1] == 1)
-            && (rows <= 1 || strides[0] >= vocab);
-        let (Some(data), true, "cpu") = (Data::new(&dtype, address), fits, &*device) else {
-            return Err(PyTypeError::new_err(format!(
-                "logits must be a CPU tensor of shape [{rows}, {vocab}], float32, bfloat16 or float16, with contiguous rows; got {dtype} {shape:?} with strides {strides:?} on {device}",
-            )));
-        };
-        if rows * vocab > 0 && !data.is_readable() {
-            return Err(PyTypeError::new_err("logits are not aligned to their type"));
-        }
-        Ok(Self {
-            _tensor: tensor.clone().unbind(),
-            data,
-            rows,
-            vocab,
-            stride: if rows > 1 { strides[0] } else { vocab },
-        })
-    }
-
-    /// The logits of one row.
-    pub fn row(&self, index: usize) -> Option<Logits<'_>> {
-        if index >= self.rows {
-            return None;
-        }
-        if self.vocab == 0 {
-            return Some(Logits::F32(&[]));
-        }
-        let start = index * self.stride;
-        // SAFETY: `new` checked dtype, device, strides and alignment, and that the tensor holds `rows` rows of `vocab`
-        // values, `stride` apart, from `data` on; `index < rows`.
-        Some(unsafe {
-            match self.data {
-                Data::F32(data) => {
-                    Logits::F32(std::slice::from_raw_parts(data.add(start), self.vocab))
-                }
-                Data::Bf16(data) => {
-                    Logits::Bf16(std::slice::from_raw_parts(data.add(start), self.vocab))
-                }
-                Data::F16(data) => {
-                    Logits::F16(std::slice::from_raw_parts(data.add(start), self.vocab))
-                }
-            }
-        })
-    }
 }
 
 /// Each agent's logits on the host, of its steps and of its spans.

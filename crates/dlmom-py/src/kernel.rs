@@ -3,13 +3,12 @@
 use std::sync::{Mutex, PoisonError};
 
 use dlmom_core::{ConsensusSpec, Request, RowReadout};
-use dlmom_kernels::{Attention, Grid, Kernel, Logits, Row, Scratch, Store, Tier};
-use half::{bf16, f16};
+use dlmom_kernels::{Attention, Kernel, Logits, Row, Scratch, Tier};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::backend::{Borrowed, Layout};
 use crate::errors::ConfigError;
+use crate::tensors::{Borrowed, Layout, grid, ranges};
 
 /// A row's readout: entropies of the experts and of the merged distribution, ids, probabilities, mass; no ids where a logit
 /// is not finite.
@@ -32,9 +31,7 @@ impl PyKernel {
     fn new(threads: usize, tier: Option<&str>) -> PyResult<Self> {
         let tier = match tier {
             None => Tier::best(),
-            Some(name) => Tier::ALL
-                .into_iter()
-                .find(|tier| tier.name() == name)
+            Some(name) => Tier::named(name)
                 .ok_or_else(|| PyValueError::new_err(format!("unknown tier {name:?}")))?,
         };
         let kernel =
@@ -56,7 +53,7 @@ impl PyKernel {
     /// float32 `[rows, heads, dv]`, contiguous; all on the CPU, elements of a position next to each other.
     ///
     /// False, with nothing done, where a row's visible positions are none or not neighbours. Raises `TypeError` for other
-    /// tensors, `ValueError` for sizes that do not fit each other.
+    /// tensors, `ValueError` for sizes and types that do not fit each other.
     #[expect(clippy::too_many_arguments, reason = "the tensors of an attention")]
     fn attend(
         &self,
@@ -68,15 +65,11 @@ impl PyKernel {
         out: &Bound<'_, PyAny>,
         scale: f32,
     ) -> PyResult<bool> {
-        let (mask, target) = (Layout::of(visible)?, Layout::of(out)?);
-        let Some(ranges) = ranges(&mask)? else {
+        let Some(ranges) = ranges(visible)? else {
             return Ok(false);
         };
-        let [queries, keys, values] = [
-            grid(&Layout::of(query)?)?,
-            grid(&Layout::of(keys)?)?,
-            grid(&Layout::of(values)?)?,
-        ];
+        let [queries, keys, values] = [grid(query)?, grid(keys)?, grid(values)?];
+        let target = Layout::of(out)?;
         let size: usize = target.shape.iter().product();
         let contiguous = target
             .shape
@@ -165,79 +158,4 @@ impl PyKernel {
                 .collect())
         })
     }
-}
-
-/// The elements of a 4-dimensional CPU tensor.
-fn grid(layout: &Layout) -> PyResult<Grid<'static>> {
-    let wrong = || {
-        PyTypeError::new_err(format!(
-            "attention needs CPU tensors of 4 dimensions, float32, bfloat16 or float16, with contiguous positions; got {} {:?} with strides {:?} on {}",
-            layout.dtype, layout.shape, layout.strides, layout.device
-        ))
-    };
-    let shape: [usize; 4] = layout.shape[..].try_into().map_err(|_| wrong())?;
-    let strides: [usize; 4] = layout.strides[..].try_into().map_err(|_| wrong())?;
-    let address = layout.address;
-    if layout.device != "cpu"
-        || shape.contains(&0)
-        || address == 0
-        || (shape[3] > 1 && strides[3] != 1)
-    {
-        return Err(wrong());
-    }
-    let last: usize = shape
-        .iter()
-        .zip(strides)
-        .map(|(n, stride)| (n - 1) * stride)
-        .sum();
-    let count = last + 1;
-    // SAFETY: a tensor's elements lie between its first and the one with the highest indices, which is `last` further on as no
-    // stride is negative; the caller holds the tensor while the kernel runs, and writes nothing to it. torch aligns storage.
-    let data = unsafe {
-        match &*layout.dtype {
-            "torch.float32" => Store::F32(std::slice::from_raw_parts(address as *const f32, count)),
-            "torch.bfloat16" => {
-                Store::Bf16(std::slice::from_raw_parts(address as *const bf16, count))
-            }
-            "torch.float16" => Store::F16(std::slice::from_raw_parts(address as *const f16, count)),
-            _ => return Err(wrong()),
-        }
-    };
-    Ok(Grid {
-        data,
-        shape,
-        strides: [strides[0], strides[1], strides[2]],
-    })
-}
-
-/// Each row's visible positions of a mask `[rows, 1, 1, n]`; `None` where a row has none, or a gap between them.
-fn ranges(mask: &Layout) -> PyResult<Option<Vec<(usize, usize)>>> {
-    let ([rows, 1, 1, n], "torch.bool", "cpu") = (&mask.shape[..], &*mask.dtype, &*mask.device)
-    else {
-        return Err(PyTypeError::new_err(
-            "visible must be a bool tensor of shape [rows, 1, 1, n] on the CPU",
-        ));
-    };
-    let (&rows, &n, step) = (rows, n, mask.strides[3]);
-    if rows * n == 0 || mask.address == 0 || (n > 1 && step != 1) {
-        return Err(PyTypeError::new_err(
-            "visible must have contiguous rows of at least one position",
-        ));
-    }
-    let mut found = Vec::with_capacity(rows);
-    for row in 0..rows {
-        let start = mask.address + row * mask.strides[0];
-        // SAFETY: a row of a bool tensor is `n` bytes of 0 or 1, which the caller holds and does not write meanwhile.
-        let seen = unsafe { std::slice::from_raw_parts(start as *const u8, n) };
-        let from = seen.iter().position(|&s| s != 0);
-        let to = seen.iter().rposition(|&s| s != 0);
-        let (Some(from), Some(to)) = (from, to) else {
-            return Ok(None);
-        };
-        if seen[from..=to].contains(&0) {
-            return Ok(None);
-        }
-        found.push((from, to + 1));
-    }
-    Ok(Some(found))
 }

@@ -8,6 +8,7 @@ mod kernel;
 mod loops;
 mod reads;
 mod table;
+mod tensors;
 mod values;
 
 use pyo3::prelude::*;

@@ -4,7 +4,7 @@ A step of the row-slot cache attends over as many positions as its longest row n
 row sees masked positions behind its own. They weigh exactly 0, but a library's kernel adds the
 others in an order that depends on how many there are, and so a row's last bits would depend on its
 mates. Here every row's keys are taken in their own order, by the core's kernel, which leaves out
-what a row does not see. Rows that see positions with gaps between them are left to torch: keys in
+what a row does not see. What the core does not take is left to torch: keys in
 blocks of ``BUCKET``, each reduced on its own, added along a tree in which blocks that are not there
 count as zeros.
 """
@@ -29,14 +29,22 @@ def _kernel(threads: int) -> _core.Kernel:
     return _core.Kernel(threads)
 
 
+#: Types that the core reads.
+READ = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Softmax attention of one query per row, accumulated in f32; see ``blocked_attention``."""
-    rows, heads, _, _ = q.shape
-    out = torch.empty(rows, heads, v.shape[3], dtype=torch.float32)
-    kernel = _kernel(torch.get_num_threads())
-    if not kernel.attend(q, k, v, visible, out, scale):
-        return blocked_attention(q, k, v, visible, scale)
-    return out[:, None].to(q.dtype)
+    """Softmax attention of one query per row, accumulated in f32.
+
+    Arguments and result as of :func:`blocked_attention`, which does what the core does not: rows
+    that see positions with gaps between them, tensors that are not on the CPU, and mixed types.
+    """
+    ours = q.device.type == "cpu" and q.dtype in READ and k.dtype == v.dtype == q.dtype
+    if ours and k.stride(3) == v.stride(3) == q.stride(3) == 1:
+        out = torch.empty(q.shape[0], q.shape[1], v.shape[3], dtype=torch.float32)
+        if _kernel(torch.get_num_threads()).attend(q, k, v, visible, out, scale):
+            return out[:, None].to(q.dtype)
+    return blocked_attention(q, k, v, visible, scale)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:

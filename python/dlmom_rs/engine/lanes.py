@@ -270,6 +270,11 @@ class RowSlotLanes(Lanes):
             return logits[first : first + len(slots)]
         return logits.index_select(0, places.rows)
 
+    def launch(self) -> None:
+        """Launch steps anew from now on, and free what was captured."""
+        self.graphs = None
+        self._captured.clear()
+
     def _forward(self, inputs: Tensor, bucket: int) -> Tensor:
         """Logits [slots, head rows] of inputs [slots, 1, h] at the positions that are set."""
         plan = self.cache.plan

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from .cache import BUCKET, padded_rows, round_up
+from .device import out_of_memory
 from .embed import embed
 from .experts import Expert, one_line
 from .graphs import Graph
@@ -201,7 +202,8 @@ def graphs_failure(expert: Expert, lanes: RowSlotLanes, make: Callable[[], Graph
     """Why captured steps of these lanes cannot be used, or None, with the lanes capturing.
 
     They have to be captured without an error and give the bits of steps that are launched one by
-    one, in the capture's own step and in later ones, for other rows in other slots.
+    one, in the capture's own step and in later ones, for other rows in other slots. Out of memory
+    is raised: it says nothing about the model.
     """
     crowds = [
         {slot: make_row(expert, 10 * turn + slot, length, lanes.device) for slot, length in sizes}
@@ -217,6 +219,8 @@ def graphs_failure(expert: Expert, lanes: RowSlotLanes, make: Callable[[], Graph
             if any(not torch.equal(got[slot], want[slot]) for slot in crowd):
                 raise RuntimeError("a replayed step has other bits than a launched one")
     except Exception as error:
-        lanes.graphs = None
+        lanes.launch()
+        if out_of_memory(error):
+            raise
         return f"{type(error).__name__}: {one_line(error)}"
     return None
