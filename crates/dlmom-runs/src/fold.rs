@@ -16,7 +16,9 @@ use serde::de::DeserializeOwned;
 use crate::row::{EntropySpread, Failure};
 
 /// Bytes that one task reads at a time.
-pub const CHUNK_BYTES: u64 = 4 << 20;
+pub const CHUNK_BYTES: u64 = 1 << 20;
+/// Chunks of every thread that are parsed before their rows are gathered.
+const AHEAD: usize = 2;
 
 /// One way a raw file can be wrong.
 #[derive(Debug, thiserror::Error)]
@@ -287,19 +289,19 @@ pub fn read_cell(file: &Path) -> Result<CellRows, FoldError> {
 pub fn read_cell_in_chunks(file: &Path, chunk: u64) -> Result<CellRows, FoldError> {
     // Every row repeats the facts of its file; only those that differ from the first row's are kept.
     let first: OnceLock<Head> = OnceLock::new();
-    let parse = |bytes: &[u8]| -> serde_json::Result<(Option<Head>, Slim)> {
-        let line: Line<'_> = serde_json::from_slice(bytes)?;
+    let parse = |bytes: &[u8]| -> serde_json::Result<(Option<Box<Head>>, Slim)> {
+        let line: Line<'_> = from_line(bytes)?;
         let head = first.get_or_init(|| Head::of(&line));
-        let other = (!head.fits(&line)).then(|| Head::of(&line));
+        let other = (!head.fits(&line)).then(|| Box::new(Head::of(&line)));
         Ok((other, slim(line)))
     };
-    let mut rows: Vec<Slim> = Vec::new();
+    let mut rows: Vec<(usize, Slim)> = Vec::new();
     let warnings = for_each_chunk(file, chunk, &parse, |parsed| {
         for (other, row) in parsed {
             if let (Some(other), Some(head)) = (other, first.get()) {
                 return Err(head.mixed(&other, file));
             }
-            rows.push(row);
+            rows.push((rows.len(), row));
         }
         Ok(())
     })?;
@@ -327,7 +329,7 @@ pub fn read_rows<T: DeserializeOwned + Send>(
     file: &Path,
     keep: impl Fn(T) -> T + Sync,
 ) -> Result<(Vec<T>, Vec<String>), FoldError> {
-    let parse = |bytes: &[u8]| serde_json::from_slice(bytes).map(&keep);
+    let parse = |bytes: &[u8]| from_line(bytes).map(&keep);
     let mut rows = Vec::new();
     let warnings = for_each_chunk(file, CHUNK_BYTES, &parse, |parsed| {
         rows.extend(parsed);
@@ -376,17 +378,27 @@ fn slim(line: Line<'_>) -> Slim {
     }
 }
 
-/// Sorted by key; the stable sort keeps file order within a key, of which the last survives.
-fn last_of_each(mut rows: Vec<Slim>) -> Vec<Slim> {
-    rows.par_sort_by(|a, b| a.key().cmp(&b.key()));
-    let mut unique: Vec<Slim> = Vec::with_capacity(rows.len());
-    for row in rows {
-        match unique.last_mut() {
-            Some(last) if last.key() == row.key() => *last = row,
-            _ => unique.push(row),
+/// Numbered rows sorted by key; of those of one key the last survives. In place: these rows are most of what an
+/// aggregation holds.
+fn last_of_each(mut rows: Vec<(usize, Slim)>) -> Vec<Slim> {
+    rows.par_sort_unstable_by(|(i, a), (j, b)| a.key().cmp(&b.key()).then(i.cmp(j)));
+    rows.dedup_by(|(_, later), (_, kept)| {
+        let same = later.key() == kept.key();
+        if same {
+            std::mem::swap(later, kept);
         }
+        same
+    });
+    rows.into_iter().map(|(_, row)| row).collect()
+}
+
+/// A line's value. UTF-8 is checked once for all of it: for every string anew takes longer.
+fn from_line<'de, T: Deserialize<'de>>(line: &'de [u8]) -> serde_json::Result<T> {
+    match std::str::from_utf8(line) {
+        Ok(text) => serde_json::from_str(text),
+        // The parser says where.
+        Err(_) => serde_json::from_slice(line),
     }
-    unique
 }
 
 type Parser<'a, T> = dyn Fn(&[u8]) -> serde_json::Result<T> + Sync + 'a;
@@ -409,40 +421,45 @@ fn for_each_chunk<T: Send>(
         source,
     };
     let ranges = line_ranges(file, chunk.max(1)).map_err(read)?;
-    let parsed: Vec<std::io::Result<Chunk<T>>> = ranges
-        .into_par_iter()
-        .map(|range| parse_range(file, range, parse))
-        .collect();
     let mut warnings = Vec::new();
-    for chunk in parsed {
-        let chunk = chunk.map_err(read)?;
-        take(chunk.values)?;
-        if let Some((offset, line, error)) = chunk.error {
-            let column = error.column().max(1);
-            let message = bare_message(&error);
-            // A missing field is named by the parser, and is nowhere in the line.
-            let at = match field_at(&line, column) {
-                Some(field) if !message.starts_with("missing field") => {
-                    format!("field `{field}`: ")
-                }
-                _ => String::new(),
-            };
-            return Err(FoldError::Malformed {
-                file: file.to_owned(),
-                line: 1 + count_line_ends(file, offset).map_err(read)?,
-                column,
-                at,
-                message,
-            });
-        }
-        if let Some(bytes) = chunk.torn {
-            warnings.push(format!(
-                "{}: the last line is torn ({bytes} bytes) and was not read; resuming the run repairs it",
-                file.display()
-            ));
+    for ranges in ranges.chunks(AHEAD * rayon::current_num_threads()) {
+        let parsed: Vec<std::io::Result<Chunk<T>>> = ranges
+            .into_par_iter()
+            .map(|range| parse_range(file, range.clone(), parse))
+            .collect();
+        for chunk in parsed {
+            let chunk = chunk.map_err(read)?;
+            take(chunk.values)?;
+            if let Some((offset, line, error)) = chunk.error {
+                let before = count_line_ends(file, offset).map_err(read)?;
+                return Err(malformed(file, 1 + before, &line, &error));
+            }
+            if let Some(bytes) = chunk.torn {
+                warnings.push(format!(
+                    "{}: the last line is torn ({bytes} bytes) and was not read; resuming the run repairs it",
+                    file.display()
+                ));
+            }
         }
     }
     Ok(warnings)
+}
+
+fn malformed(file: &Path, number: u64, line: &[u8], error: &serde_json::Error) -> FoldError {
+    let column = error.column().max(1);
+    let message = bare_message(error);
+    // A missing field is named by the parser, and is nowhere in the line.
+    let at = match field_at(line, column) {
+        Some(field) if !message.starts_with("missing field") => format!("field `{field}`: "),
+        _ => String::new(),
+    };
+    FoldError::Malformed {
+        file: file.to_owned(),
+        line: number,
+        column,
+        at,
+        message,
+    }
 }
 
 /// Splits a file into ranges of about `chunk` bytes that end after a line end or at the end of the file.
@@ -478,21 +495,23 @@ fn parse_range<T>(
         error: None,
         torn: None,
     };
-    let mut offset = range.start;
-    for piece in bytes.split_inclusive(|b| *b == b'\n') {
-        let whole = piece.last() == Some(&b'\n');
-        let line = piece.strip_suffix(b"\n").unwrap_or(piece);
+    let ends = memchr::memchr_iter(b'\n', &bytes).map(|end| (end, true));
+    // What follows the last line end, if anything does.
+    let torn = bytes.last().is_some_and(|&last| last != b'\n');
+    let mut start = 0;
+    for (end, whole) in ends.chain(torn.then_some((bytes.len(), false))) {
+        let line = &bytes[start..end];
         match parse(line) {
             Ok(value) => chunk.values.push(value),
             Err(error) if !whole && (error.is_eof() || error.is_syntax()) => {
                 chunk.torn = Some(line.len());
             }
             Err(error) => {
-                chunk.error = Some((offset, line.to_vec(), error));
+                chunk.error = Some((range.start + start as u64, line.to_vec(), error));
                 break;
             }
         }
-        offset += piece.len() as u64;
+        start = end + 1;
     }
     Ok(chunk)
 }
