@@ -4,7 +4,9 @@ leave behind."""
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
@@ -278,6 +280,76 @@ def test_sets_of_slots_that_change_from_step_to_step(engine: Engine) -> None:
         alone = run(slot)[slot]
         assert len(alone) > 2
         assert all(torch.equal(a, b) for a, b in zip(together[slot], alone, strict=True))
+
+
+MOVES = st.one_of(
+    st.tuples(st.just("step"), st.sets(st.integers(0, 2), min_size=1)),
+    st.tuples(st.just("prompt"), st.integers(0, 2), st.integers(1, 4)),
+    st.tuples(st.just("cut"), st.integers(0, 2), st.integers(0, 3)),
+    st.tuples(st.just("fork"), st.integers(0, 2), st.integers(0, 2)),
+    st.tuples(st.just("open"), st.integers(0, 2), st.integers(1, 5)),
+    st.tuples(st.just("close"), st.integers(0, 2)),
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(MOVES, max_size=12))
+@example([("open", 0, 5), ("step", {0}), ("prompt", 0, 4)])
+@example([("open", 0, 5), ("step", {0}), ("open", 0, 1), ("step", {0})])
+@example([("open", 0, 5), ("open", 1, 5), ("prompt", 1, 5), ("step", {0}), ("fork", 1, 0)])
+def test_the_room_of_lanes_is_that_of_a_plain_count(
+    engine: Engine, moves: list[tuple[Any, ...]]
+) -> None:
+    """A step is refused exactly where a lane is full or closed, whatever the lanes went through."""
+    engine.close([0, 1, 2])
+    held: dict[int, tuple[int, int]] = {}  # positions and limit of the open lanes
+
+    def full(slot: int, more: int = 1) -> bool:
+        length, limit = held.get(slot, (0, 0))
+        return length + more > limit
+
+    def expect(refused: bool, call: Callable[[], object]) -> bool:
+        if refused:
+            with pytest.raises(ValueError, match=r"do not fit|no open lane|cannot|limit"):
+                call()
+        else:
+            call()
+        return not refused
+
+    def step_of(slots: list[int]) -> Callable[[], object]:
+        return lambda: advance(engine, {slot: [(slot, 0.5), (3, 0.5)] for slot in slots})
+
+    for kind, at, *more in [*moves, ("step", {0}), ("step", {0, 1})]:
+        if kind == "step":
+            if expect(any(full(slot) for slot in at), step_of(sorted(at))):
+                held.update({slot: (held[slot][0] + 1, held[slot][1]) for slot in at})
+        elif kind == "open":
+            engine.open([(at, 0, more[0])])
+            held[at] = (0, more[0])
+        elif kind == "close":
+            engine.close([at])
+            held.pop(at, None)
+        elif kind == "prompt":
+            ids = printed(range(more[0]))
+            # One position is a step of one.
+            if expect(full(at, more[0]), partial(prefill, engine, at, ids)):
+                held[at] = (held[at][0] + more[0], held[at][1])
+        elif kind == "cut":
+            refused = at not in held or more[0] > held[at][0]
+            if expect(refused, partial(engine.truncate, (at, 0), more[0])):
+                held[at] = (more[0], held[at][1])
+        else:
+            to, (length, limit) = more[0], held.get(at, (0, 0))
+            room = held.get(to, (0, limit))[1]
+            if expect(
+                at not in held or length > room, partial(engine.fork, (at, 0), (to, 0), None)
+            ):
+                held[to] = (length, room)
+        for slot, (length, _) in held.items():
+            assert engine.length(slot, 0) == length
+    engine.close([0, 1, 2])
 
 
 def rows_of(engine: Engine, agent: int = 0) -> list[Any]:

@@ -8,7 +8,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::errors::ConfigError;
-use crate::tensors::{Borrowed, Layout, grid, ranges};
+use crate::tensors::{Borrowed, Dtype, Layout, grid, ranges};
 
 /// A row's readout: entropies of the experts and of the merged distribution, ids, probabilities, mass; no ids where a logit
 /// is not finite.
@@ -80,9 +80,7 @@ impl PyKernel {
                 (n == 1 || stride == next).then_some(next * n)
             })
             .is_some();
-        if (&*target.dtype, &*target.device, contiguous) != ("torch.float32", "cpu", true)
-            || size == 0
-        {
+        if (target.dtype, target.on_cpu, contiguous) != (Dtype::F32, true, true) || size == 0 {
             return Err(PyTypeError::new_err(
                 "out must be a contiguous float32 tensor on the CPU",
             ));

@@ -7,7 +7,8 @@ use half::{bf16, f16};
 use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyString, PyTuple};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyTuple;
 
 /// Logits of one forward, borrowed from a live tensor.
 pub struct Borrowed {
@@ -29,13 +30,13 @@ enum Data {
 }
 
 impl Data {
-    /// Numbers of a type, by its name in torch.
-    fn new(dtype: &str, address: usize) -> Option<Self> {
+    /// Numbers of a type.
+    fn new(dtype: Dtype, address: usize) -> Option<Self> {
         match dtype {
-            "torch.float32" => Some(Self::F32(address as *const f32)),
-            "torch.bfloat16" => Some(Self::Bf16(address as *const bf16)),
-            "torch.float16" => Some(Self::F16(address as *const f16)),
-            _ => None,
+            Dtype::F32 => Some(Self::F32(address as *const f32)),
+            Dtype::Bf16 => Some(Self::Bf16(address as *const bf16)),
+            Dtype::F16 => Some(Self::F16(address as *const f16)),
+            Dtype::Bool | Dtype::Other => None,
         }
     }
 
@@ -64,15 +65,44 @@ impl Data {
     }
 }
 
+/// Types of elements that are told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    F32,
+    Bf16,
+    F16,
+    Bool,
+    Other,
+}
+
+impl Dtype {
+    /// The type that a tensor names. torch has one object for each: to compare those takes no string.
+    fn of(tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
+        static KNOWN: PyOnceLock<[(Dtype, Py<PyAny>); 4]> = PyOnceLock::new();
+        let py = tensor.py();
+        let known = KNOWN.get_or_try_init(py, || -> PyResult<_> {
+            let torch = py.import("torch")?;
+            let named = |dtype, name| Ok::<_, PyErr>((dtype, torch.getattr(name)?.unbind()));
+            Ok([
+                named(Self::F32, "float32")?,
+                named(Self::Bf16, "bfloat16")?,
+                named(Self::F16, "float16")?,
+                named(Self::Bool, "bool")?,
+            ])
+        })?;
+        let dtype = tensor.getattr(intern!(py, "dtype"))?;
+        let found = known.iter().find(|(_, object)| dtype.is(object));
+        Ok(found.map_or(Self::Other, |(dtype, _)| *dtype))
+    }
+}
+
 /// Where a tensor's elements are.
 pub struct Layout {
     pub shape: Vec<usize>,
     /// In elements.
     pub strides: Vec<usize>,
-    /// As torch prints it.
-    pub dtype: String,
-    /// `cpu`, `cuda`.
-    pub device: String,
+    pub dtype: Dtype,
+    pub on_cpu: bool,
     pub address: usize,
 }
 
@@ -87,20 +117,30 @@ impl Layout {
                 .map(|n| n.extract())
                 .collect()
         };
-        let device = tensor
-            .getattr(intern!(py, "device"))?
-            .getattr(intern!(py, "type"))?;
         Ok(Self {
             shape: sizes(tensor.getattr(intern!(py, "shape"))?)?,
             strides: sizes(tensor.call_method0(intern!(py, "stride"))?)?,
-            dtype: tensor
-                .getattr(intern!(py, "dtype"))?
-                .str()?
-                .to_str()?
-                .to_owned(),
-            device: device.cast::<PyString>()?.to_str()?.to_owned(),
+            dtype: Dtype::of(tensor)?,
+            on_cpu: tensor.getattr(intern!(py, "is_cpu"))?.extract()?,
             address: tensor.call_method0(intern!(py, "data_ptr"))?.extract()?,
         })
+    }
+
+    /// What it is, for the line that says why it was not taken.
+    fn describe(&self, tensor: &Bound<'_, PyAny>) -> String {
+        let text = |name: &str| {
+            let found = tensor
+                .getattr(name)
+                .and_then(|value| Ok(value.str()?.to_string()));
+            found.unwrap_or_else(|_| "?".into())
+        };
+        format!(
+            "{} {:?} with strides {:?} on {}",
+            text("dtype"),
+            self.shape,
+            self.strides,
+            text("device")
+        )
     }
 }
 
@@ -114,20 +154,17 @@ impl Borrowed {
     /// Borrows a CPU tensor of shape `[rows, vocab]`: float32, bfloat16 or float16, rows contiguous, one behind the
     /// other or further apart.
     pub fn new(tensor: &Bound<'_, PyAny>, rows: usize, vocab: usize) -> PyResult<Self> {
-        let Layout {
-            shape,
-            strides,
-            dtype,
-            device,
-            address,
-        } = Layout::of(tensor)?;
+        let layout = Layout::of(tensor)?;
+        let Layout { shape, strides, .. } = &layout;
         // The stride of a dimension of one element means nothing.
-        let fits = shape == [rows, vocab]
+        let fits = shape[..] == [rows, vocab]
             && (vocab <= 1 || strides[1] == 1)
             && (rows <= 1 || strides[0] >= vocab);
-        let (Some(data), true, "cpu") = (Data::new(&dtype, address), fits, &*device) else {
+        let data = Data::new(layout.dtype, layout.address);
+        let (Some(data), true, true) = (data, fits, layout.on_cpu) else {
             return Err(PyTypeError::new_err(format!(
-                "logits must be a CPU tensor of shape [{rows}, {vocab}], float32, bfloat16 or float16, with contiguous rows; got {dtype} {shape:?} with strides {strides:?} on {device}",
+                "logits must be a CPU tensor of shape [{rows}, {vocab}], float32, bfloat16 or float16, with contiguous rows; got {}",
+                layout.describe(tensor)
             )));
         };
         if rows * vocab > 0 && !data.is_readable() {
@@ -165,14 +202,14 @@ pub fn grid<'a>(tensor: &'a Bound<'_, PyAny>) -> PyResult<Grid<'a>> {
     let layout = Layout::of(tensor)?;
     let wrong = || {
         PyTypeError::new_err(format!(
-            "attention needs CPU tensors of 4 dimensions, float32, bfloat16 or float16, with contiguous positions; got {} {:?} with strides {:?} on {}",
-            layout.dtype, layout.shape, layout.strides, layout.device
+            "attention needs CPU tensors of 4 dimensions, float32, bfloat16 or float16, with contiguous positions; got {}",
+            layout.describe(tensor)
         ))
     };
     let shape: [usize; 4] = layout.shape[..].try_into().map_err(|_| wrong())?;
     let strides: [usize; 4] = layout.strides[..].try_into().map_err(|_| wrong())?;
-    let data = Data::new(&layout.dtype, layout.address).filter(|data| data.is_readable());
-    let (Some(data), "cpu", false) = (data, &*layout.device, shape.contains(&0)) else {
+    let data = Data::new(layout.dtype, layout.address).filter(|data| data.is_readable());
+    let (Some(data), true, false) = (data, layout.on_cpu, shape.contains(&0)) else {
         return Err(wrong());
     };
     if shape[3] > 1 && strides[3] != 1 {
@@ -199,8 +236,7 @@ pub fn grid<'a>(tensor: &'a Bound<'_, PyAny>) -> PyResult<Grid<'a>> {
 /// `TypeError` for anything but a bool CPU tensor of that shape, with contiguous rows.
 pub fn ranges(mask: &Bound<'_, PyAny>) -> PyResult<Option<Vec<(usize, usize)>>> {
     let mask = Layout::of(mask)?;
-    let ([rows, 1, 1, n], "torch.bool", "cpu") = (&mask.shape[..], &*mask.dtype, &*mask.device)
-    else {
+    let ([rows, 1, 1, n], Dtype::Bool, true) = (&mask.shape[..], mask.dtype, mask.on_cpu) else {
         return Err(PyTypeError::new_err(
             "visible must be a bool tensor of shape [rows, 1, 1, n] on the CPU",
         ));

@@ -706,7 +706,7 @@ def _readout(logits: Tensor, vocab: int) -> Tensor:
     On a CPU a view, in which rows may lie further apart than ``vocab``.
     """
     real = logits if logits.shape[1] == vocab else logits[:, :vocab]
-    if real.device.type == "cpu" and real.dtype in READ:
+    if real.is_cpu and real.dtype in READ:
         host = real
     else:
         host = real.to(device="cpu", dtype=real.dtype if real.dtype in READ else torch.float32)

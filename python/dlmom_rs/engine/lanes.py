@@ -52,6 +52,8 @@ class Lanes(ABC):
         #: What lanes were fed since they were opened, where it was whole token spans alone.
         self.fed: dict[int, Fed] = {}
         self._named: tuple[list[int], Places] | None = None
+        #: Positions that all lanes of the last ``places`` can still take in; None: count again.
+        self._room: int | None = None
 
     def length(self, slot: int) -> int:
         """The positions of an open lane; ValueError where it is closed."""
@@ -61,7 +63,9 @@ class Lanes(ABC):
     def have_room(self, slots: list[int]) -> bool:
         """Whether these lanes are all open and can take in one position more."""
         at = self.places(slots).at
-        return bool((self.lengths[at] < self.limits[at]).all())
+        if self._room is None:
+            self._room = int((self.limits[at] - self.lengths[at]).min())
+        return self._room > 0
 
     def places(self, slots: list[int]) -> Places:
         """Where slots are; the same object as before where they are the same as before."""
@@ -70,12 +74,14 @@ class Lanes(ABC):
             rows = torch.from_numpy(at).to(self.device)
             follow = slots == list(range(slots[0], slots[0] + len(slots)))
             self._named = (list(slots), Places(at, rows, slots[0] if follow else None))
+            self._room = None
         return self._named[1]
 
     def open(self, slot: int, limit: int) -> None:
         """Start an empty lane of at most ``limit`` positions, whatever the slot held before."""
         self.close(slot)
         self.limits[slot] = limit
+        self._room = None
         self.fed[slot] = ()
 
     def close(self, slot: int) -> None:
@@ -83,7 +89,8 @@ class Lanes(ABC):
         self.hidden.pop(slot, None)
         self.fed.pop(slot, None)
         if self.limits[slot]:
-            self.limits[slot] = self.lengths[slot] = 0
+            self.limits[slot] = 0
+            self._move(slot, 0)
             self._drop(slot, 0)
 
     def truncate(self, slot: int, length: int) -> None:
@@ -94,7 +101,7 @@ class Lanes(ABC):
         if length < held:
             self.hidden.pop(slot, None)
             self.fed.pop(slot, None)
-        self.lengths[slot] = length
+        self._move(slot, length)
         self._drop(slot, length)
 
     def fork(self, source: "Lanes", src: int, dst: int, upto: int | None) -> None:
@@ -118,7 +125,7 @@ class Lanes(ABC):
         state = source.hidden.get(src) if length == held else None
         self.open(dst, limit)
         self._copy(source, src, dst, length)
-        self.lengths[dst] = length
+        self._move(dst, length)
         self.fed.pop(dst, None)
         if state is not None:
             self.hidden[dst] = state
@@ -130,7 +137,7 @@ class Lanes(ABC):
     def restore(self, saved: NDArray[np.int64], slots: Iterable[int]) -> None:
         """Put some lanes back to saved positions, whatever a broken forward left behind."""
         for slot in slots:
-            self.lengths[slot] = saved[slot]
+            self._move(slot, int(saved[slot]))
             self.fed.pop(slot, None)
             self._drop(slot, int(saved[slot]))
 
@@ -138,7 +145,11 @@ class Lanes(ABC):
         """Append keys and values, by layer, that a span of the same model left in another lane."""
         self._check_open(slot)
         self._append(slot, pairs)
-        self.lengths[slot] += pairs[0][0].shape[1]
+        self._move(slot, int(self.lengths[slot]) + pairs[0][0].shape[1])
+
+    def _move(self, slot: int, length: int) -> None:
+        self.lengths[slot] = length
+        self._room = None
 
     def _check_open(self, slot: int) -> None:
         if not self.limits[slot]:
@@ -237,7 +248,7 @@ class RowSlotLanes(Lanes):
             )
         finally:
             plan.span_slot = None
-        self.lengths[slot] = stop
+        self._move(slot, stop)
         return logits[0]
 
     def step(self, slots: list[int], x: Tensor) -> Tensor:
@@ -266,6 +277,8 @@ class RowSlotLanes(Lanes):
                 self._captured[bucket] = graph
             logits = graph.replay()
         self.lengths[at] = lengths + 1
+        if self._room is not None:
+            self._room -= 1
         if first is not None:
             return logits[first : first + len(slots)]
         return logits.index_select(0, places.rows)
@@ -372,7 +385,7 @@ class PerRowLanes(Lanes):
         positions = torch.arange(start, stop, device=self.device)[None]
         extra: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
         logits = self._logits(x[None], self._caches[slot], **extra)
-        self.lengths[slot] = stop
+        self._move(slot, stop)
         if not self._position_bytes:
             views = self.views(slot)
             held = sum(keys.nbytes + values.nbytes for keys, values in views)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 NOBODY: frozenset[int] = frozenset()
 IDS = np.dtype("<i8")
+UNSIGNED = np.dtype("<u8")
 PROBS = np.dtype("<f4")
 #: One span: (slot, ids, probs, n, k, payload); a payload (kind, values) stands in for the packets.
 RawSpan = tuple[int, bytearray, bytearray, int, int, "tuple[str, bytearray] | None"]
@@ -75,14 +76,19 @@ def read_entries(ids: bytearray, probs: bytearray, n: int, k: int, vocab: int) -
             f"{n} x {k} packets need {8 * n * k} bytes of ids and {4 * n * k} of probabilities, "
             f"not {len(ids)} and {len(probs)}"
         )
-    table = np.frombuffer(ids, IDS).reshape(n, k)
-    weights = np.frombuffer(probs, PROBS).reshape(n, k)
+    table: NDArray[np.int64] = np.ndarray((n, k), IDS, ids)
+    weights: NDArray[np.float32] = np.ndarray((n, k), PROBS, probs)
     # Seen as unsigned, a negative id is beyond every vocabulary.
-    highest = int(np.maximum.reduce(table.view(np.uint64), axis=None))
-    if highest >= vocab:
-        worst = table.flat[int(table.view(np.uint64).argmax())]
+    unsigned: NDArray[np.uint64] = np.ndarray(n * k, UNSIGNED, ids)
+    if np.maximum.reduce(unsigned) >= vocab:
+        worst = table.flat[int(unsigned.argmax())]
         raise ValueError(f"token {worst} is outside the vocabulary of {vocab} ids")
     return Entries(table, weights)
+
+
+def _width(kind: str, vocab: int, hidden: int) -> int:
+    """Values of one payload of a kind."""
+    return {"embed": hidden, "dense": vocab}.get(kind, 0)
 
 
 def read_values(kind: str, data: bytearray, n: int, width: int) -> Values:
@@ -100,13 +106,12 @@ def read_values(kind: str, data: bytearray, n: int, width: int) -> Values:
 def read_call(raw: RawCall, vocab: int, hidden: int) -> Call:
     """Read one agent's call; ValueError where it is malformed or names a slot twice."""
     agent, spans, step, keeping = raw
-    widths = {"embed": hidden, "dense": vocab}
     read: list[tuple[int, Entries | Values]] = []
     for slot, ids, probs, n, k, payload in spans:
         if payload is None:
             read.append((slot, read_entries(ids, probs, n, k, vocab)))
         else:
-            read.append((slot, read_values(*payload, n, widths.get(payload[0], 0))))
+            read.append((slot, read_values(*payload, n, _width(payload[0], vocab, hidden))))
     slots: list[int] = []
     entries: Entries | None = None
     payloads: list[tuple[list[int], Values]] = []
@@ -116,7 +121,8 @@ def read_call(raw: RawCall, vocab: int, hidden: int) -> Call:
         for kind, rows, data in step[4]:
             if any(not 0 <= row < len(slots) for row in rows):
                 raise ValueError(f"a payload names a row outside 0..{len(slots)}")
-            payloads.append((rows, read_values(kind, data, len(rows), widths.get(kind, 0))))
+            values = read_values(kind, data, len(rows), _width(kind, vocab, hidden))
+            payloads.append((rows, values))
     named = [*(slot for slot, _ in read), *slots] if read else slots
     if len(set(named)) != len(named):
         twice = next(slot for slot in named if named.count(slot) > 1)
