@@ -185,17 +185,14 @@ fn head<T: Widen>(
         let start = call.queries.start(task.row, task.head * groups + group, 0);
         queries.extend(q[start..start + d].iter().map(|x| x.widen() * call.scale));
     }
-    scores.clear();
-    scores.resize(groups * count, 0.0);
+    let scores = first(scores, groups * count);
     for block in (0..count).step_by(KEYS) {
         let keys = KEYS.min(count - block);
         let start = call.keys.start(task.row, task.head, from + block);
         let (rows, stride) = widened_rows(k, (start, call.keys.strides[2]), keys, d, widened);
         for (group, query) in queries.chunks_exact(d).enumerate() {
             let scores = &mut scores[group * count + block..][..keys];
-            for (at, score) in scores.iter_mut().enumerate() {
-                *score = dot(query, &rows[at * stride..][..d]);
-            }
+            dots(query, rows, stride, scores);
         }
     }
     task.out.fill(0.0);
@@ -215,6 +212,15 @@ fn head<T: Widen>(
     }
 }
 
+/// So many of a buffer's elements, whatever they are.
+#[inline(always)]
+fn first(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
 /// Positions in float32, and how far they are apart: where they are, or in `out`.
 #[inline(always)]
 fn widened_rows<'a, T: Widen>(
@@ -228,24 +234,54 @@ fn widened_rows<'a, T: Widen>(
     if let Some(all) = T::as_f32(all) {
         return (all, stride);
     }
-    out.clear();
-    out.resize(count * size, 0.0);
+    let out = first(out, count * size);
     for (at, row) in out.chunks_exact_mut(size).enumerate() {
         widened_into(&all[at * stride..][..size], row);
     }
     (out, size)
 }
 
-/// The product of two vectors of one length.
+/// The products of a vector with up to [`KEYS`] others, `stride` apart.
 #[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0_f32; LANES];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    for (a, b) in a.iter().zip(b) {
-        for lane in 0..LANES {
-            lanes[lane] += a[lane] * b[lane];
+fn dots(query: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
+    let (chunks, rest) = query.as_chunks::<LANES>();
+    let whole = chunks.len() * LANES;
+    for (key, out) in out.iter_mut().enumerate() {
+        let row = &rows[key * stride..][..query.len()];
+        let mut sums = [0.0_f32; LANES];
+        for (a, b) in chunks.iter().zip(row.as_chunks::<LANES>().0) {
+            for lane in 0..LANES {
+                sums[lane] += a[lane] * b[lane];
+            }
         }
+        // Where products and the tree that adds them are one expression, the compiler makes scalars of both.
+        *out = folded(sums) + product_of_rest(rest, &row[whole..]);
     }
+}
+
+/// The sum of lanes, halving.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn folded(lanes: [f32; LANES]) -> f32 {
+    use std::arch::x86_64::{
+        _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_movehl_ps, _mm_set_ps, _mm_shuffle_ps,
+    };
+    // The compiler makes scalars of such a tree, and of the products before it.
+    // SAFETY: every x86-64 has SSE.
+    #[expect(unsafe_code, reason = "instructions of the target's baseline")]
+    unsafe {
+        let four = |at: usize| _mm_set_ps(lanes[at + 3], lanes[at + 2], lanes[at + 1], lanes[at]);
+        let (low, high) = (_mm_add_ps(four(0), four(8)), _mm_add_ps(four(4), four(12)));
+        let four = _mm_add_ps(low, high);
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+}
+
+/// The sum of lanes, halving.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+fn folded(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES;
     while width > 1 {
         width /= 2;
@@ -253,30 +289,52 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
             lanes[i] += lanes[i + width];
         }
     }
+    lanes[0]
+}
+
+#[inline(always)]
+fn product_of_rest(a: &[f32], b: &[f32]) -> f32 {
     let mut rest = 0.0;
-    for (a, b) in a_rest.iter().zip(b_rest) {
+    for (a, b) in a.iter().zip(b) {
         rest += a * b;
     }
-    lanes[0] + rest
+    rest
 }
 
 /// Scores become exponentials relative to their maximum; their sum, NaN where a softmax has none.
 #[inline(always)]
 fn weigh(scores: &mut [f32]) -> f64 {
-    let mut max = f32::NEG_INFINITY;
-    let mut sound = true;
-    for &score in &*scores {
-        max = if score > max { score } else { max };
-        sound &= score < f32::INFINITY;
+    let (mut high, mut sound) = ([f32::NEG_INFINITY; LANES], [true; LANES]);
+    let (groups, rest) = scores.as_chunks::<LANES>();
+    for group in groups {
+        for lane in 0..LANES {
+            let score = group[lane];
+            high[lane] = if score > high[lane] {
+                score
+            } else {
+                high[lane]
+            };
+            sound[lane] &= score < f32::INFINITY;
+        }
     }
+    let mut max = f32::NEG_INFINITY;
+    for &score in high.iter().chain(rest) {
+        max = if score > max { score } else { max };
+    }
+    let sound = !sound.contains(&false) && rest.iter().all(|&score| score < f32::INFINITY);
     if !sound || max == f32::NEG_INFINITY {
         return f64::NAN;
     }
     let mut sums = [0.0_f64; LANES];
     let (groups, rest) = scores.as_chunks_mut::<LANES>();
+    for group in &mut *groups {
+        for score in group {
+            *score = exp_or_zero(*score - max);
+        }
+    }
+    // On their own: with the exponentials they would have the width of f64.
     for group in groups {
         for lane in 0..LANES {
-            group[lane] = exp_or_zero(group[lane] - max);
             sums[lane] += f64::from(group[lane]);
         }
     }
@@ -291,25 +349,75 @@ fn weigh(scores: &mut [f32]) -> f64 {
 /// Adds weighted values of some positions, `[keys, dv]`, to `out`.
 #[inline(always)]
 fn add_up(weights: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
-    let (chunks, rest) = out.as_chunks_mut::<LANES>();
-    let whole = chunks.len() * LANES;
-    for (at, out) in chunks.iter_mut().enumerate() {
-        let mut sums = [0.0_f32; LANES];
+    // Every element has its sum in the order of the positions. Several chunks at a time: an addition does not wait for the
+    // one before.
+    let mut at = 0;
+    while out.len() - at >= 4 * LANES {
+        let sums = sums_of_four(weights, &rows[at..], stride);
+        add(&mut out[at..], &sums);
+        at += 4 * LANES;
+    }
+    while out.len() - at >= 2 * LANES {
+        let sums = sums_of_two(weights, &rows[at..], stride);
+        add(&mut out[at..], &sums);
+        at += 2 * LANES;
+    }
+    if out.len() - at >= LANES {
+        let mut sums = [0.0; LANES];
         for (key, &weight) in weights.iter().enumerate() {
-            let row = &rows[key * stride + at * LANES..][..LANES];
-            for lane in 0..LANES {
-                sums[lane] += weight * row[lane];
-            }
+            let (row, _) = rows[at + key * stride..][..LANES].as_chunks::<LANES>();
+            add_weighted(&mut sums, weight, &row[0]);
         }
+        add(&mut out[at..], &[sums]);
+        at += LANES;
+    }
+    for (at, out) in out.iter_mut().enumerate().skip(at) {
+        let mut sum = 0.0;
+        for (key, &weight) in weights.iter().enumerate() {
+            sum += weight * rows[key * stride + at];
+        }
+        *out += sum;
+    }
+}
+
+// An array of arrays instead of names would be kept in memory.
+#[inline(always)]
+fn sums_of_four(weights: &[f32], rows: &[f32], stride: usize) -> [[f32; LANES]; 4] {
+    let (mut a, mut b) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    let (mut c, mut d) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    for (key, &weight) in weights.iter().enumerate() {
+        let (row, _) = rows[key * stride..][..4 * LANES].as_chunks::<LANES>();
+        add_weighted(&mut a, weight, &row[0]);
+        add_weighted(&mut b, weight, &row[1]);
+        add_weighted(&mut c, weight, &row[2]);
+        add_weighted(&mut d, weight, &row[3]);
+    }
+    [a, b, c, d]
+}
+
+#[inline(always)]
+fn sums_of_two(weights: &[f32], rows: &[f32], stride: usize) -> [[f32; LANES]; 2] {
+    let (mut a, mut b) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    for (key, &weight) in weights.iter().enumerate() {
+        let (row, _) = rows[key * stride..][..2 * LANES].as_chunks::<LANES>();
+        add_weighted(&mut a, weight, &row[0]);
+        add_weighted(&mut b, weight, &row[1]);
+    }
+    [a, b]
+}
+
+#[inline(always)]
+fn add_weighted(sums: &mut [f32; LANES], weight: f32, row: &[f32; LANES]) {
+    for lane in 0..LANES {
+        sums[lane] += weight * row[lane];
+    }
+}
+
+#[inline(always)]
+fn add(out: &mut [f32], sums: &[[f32; LANES]]) {
+    for (out, sums) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(sums) {
         for lane in 0..LANES {
             out[lane] += sums[lane];
         }
-    }
-    for (at, out) in rest.iter_mut().enumerate() {
-        let mut sum = 0.0;
-        for (key, &weight) in weights.iter().enumerate() {
-            sum += weight * rows[key * stride + whole + at];
-        }
-        *out += sum;
     }
 }
