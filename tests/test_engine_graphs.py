@@ -175,14 +175,14 @@ def test_what_cannot_be_captured_is_launched_and_said(
     engine = load(save_model(tmp_path / "model", FAMILIES["qwen2"]), max_len=150, attn="sdpa")
     launched = story(engine, 1)
 
-    def stale(self: RowSlotLanes, inputs: Tensor, bucket: int) -> Tensor:
+    def stale(self: RowSlotLanes, inputs: Tensor, bucket: int, width: int) -> Tensor:
         """Where to write, from the host: right in the capture's own step, and never again."""
         self.cache.plan.write_at(torch.from_numpy(self._where[1].copy()))
-        return run(self, inputs, bucket)
+        return run(self, inputs, bucket, width)
 
-    def waits(self: RowSlotLanes, inputs: Tensor, bucket: int) -> Tensor:
+    def waits(self: RowSlotLanes, inputs: Tensor, bucket: int, width: int) -> Tensor:
         assert float(inputs.sum()) < 1e9
-        return run(self, inputs, bucket)
+        return run(self, inputs, bucket, width)
 
     run = RowSlotLanes._forward
     for broken, reason in ((waits, "waits for a value"), (stale, "other bits than a launched one")):
@@ -222,6 +222,19 @@ def test_out_of_memory_is_no_reason_to_launch(tmp_path: Path) -> None:
     engine._graphs = lambda: Full
     with pytest.raises(MemoryError, match="no room for a graph"):
         engine.reserve(8, 128)
+
+
+def test_captured_steps_are_computed_for_all_rows(tmp_path: Path) -> None:
+    """A graph of every number of rows would be captured for launches that it is to save."""
+    engine = load(save_model(tmp_path / "model", FAMILIES["qwen2"]), slots=40, attn="sdpa")
+    lanes = engine._lanes[0]
+    assert isinstance(lanes, RowSlotLanes)
+    assert lanes.widths == (16, 24, 40)
+    capture(engine)
+    captured = engine._lanes[0]
+    assert isinstance(captured, RowSlotLanes)
+    assert captured.graphs is not None
+    assert captured.widths == (40,)
 
 
 def test_rows_forwarded_one_at_a_time_are_not_captured(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from .lanes import Lanes, PerRowLanes, RowSlotLanes
 from .packets import NOBODY, Call, Entries, RawCall, Values, read_call, read_entries
 from .prompts import Prompts, tokens
 from .reads import Logits, RawRead, RawReadout, Reader, check_reads, choose
-from .selftest import graphs_failure, invariance_failure, reference_failure
+from .selftest import graphs_failure, invariance_failure, reference_failure, widths
 
 #: One agent's logits on the host: (span_logits [spans, V], step_logits [rows, V]), None for none.
 Answer = tuple[Tensor | None, Tensor | None]
@@ -208,6 +208,8 @@ class Engine:
             failure = invariance_failure(expert, lanes) if invariant else None
             if failure is not None:
                 failures.append(f"{expert.name}: {failure}")
+            if isinstance(lanes, RowSlotLanes):
+                lanes.widths = widths(expert, lanes, exact=invariant and failure is None)
         self._reasons = reasons
         self._position_bytes = {i: lanes.position_bytes() for i, lanes in enumerate(templates)}
         self._bit_invariant = invariant and not failures
@@ -232,6 +234,7 @@ class Engine:
                 if isinstance(template, RowSlotLanes) and isinstance(lanes, RowSlotLanes):
                     lanes.allocate_like(template)
                     lanes.min_bucket = template.min_bucket
+                    lanes.widths = template.widths
                     if template.graphs is not None and self._graphs is not None:
                         lanes.graphs = self._graphs()
             taken.add(model)
@@ -531,7 +534,7 @@ class Engine:
             rows = next(found) if call.step_slots else None
             for slot in call.step_slots:
                 assert rows is not None
-                kept[slot] = rows[slot]
+                kept[slot] = rows[lanes.row(slot)]
         else:
             for slot in call.step_slots:
                 kept[slot] = next(found)[0]

@@ -49,7 +49,9 @@ class SlotPlan:
         self._targets: dict[int, Tensor] = {}
         self._writes = torch.zeros(slots, 1, dtype=torch.int64, device=device)
         self.bucket = BUCKET
-        self.span_slot: int | None = None
+        #: Rows of the step.
+        self.width = slots
+        self.span_row: int | None = None
         self.span_start = 0
 
     @property
@@ -68,7 +70,7 @@ class SlotPlan:
     def targets(self, heads: int) -> Tensor:
         """The rows of a store seen as [slots * heads * capacity, size] that the step writes.
 
-        In the order of states [slots, heads, 1, size]. ``index_copy_`` on that flat view is used
+        In the order of states [width, heads, 1, size]. ``index_copy_`` on that flat view is used
         because ``scatter_`` on a half-precision CPU tensor copies the whole store.
         """
         target = self._targets.get(heads)
@@ -77,7 +79,8 @@ class SlotPlan:
             if start is None:
                 rows = torch.arange(self.slots * heads, device=self.device)
                 start = self._starts[heads] = (rows * self.capacity).view(self.slots, heads)
-            target = self._targets[heads] = (start + self._writes).view(-1)
+            width = self.width
+            target = self._targets[heads] = (start[:width] + self._writes[:width]).view(-1)
         return target
 
 
@@ -90,7 +93,7 @@ class RowSlotLayer(CacheLayerMixin):
     def __init__(self, plan: SlotPlan) -> None:
         super().__init__()
         self.plan = plan
-        self._views: tuple[int, Tensor, Tensor] | None = None
+        self._views: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate from the shapes [*, heads, *, size] of the first keys and values."""
@@ -117,7 +120,7 @@ class RowSlotLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store the fresh keys and values; return those the queries attend over.
 
-        A step: states [slots, heads, 1, size] -> [slots, heads, bucket, size] views.
+        A step: states [width, heads, 1, size] -> [width, heads, bucket, size] views.
         A span: states [1, heads, n, size] -> [1, heads, start + n, size].
         """
         if not self.is_initialized:
@@ -125,37 +128,39 @@ class RowSlotLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         plan = self.plan
-        if plan.span_slot is None:
+        if plan.span_row is None:
             for store, states in ((self.keys, key_states), (self.values, value_states)):
                 size = store.shape[3]
                 target = plan.targets(store.shape[1])
                 store.view(-1, size).index_copy_(0, target, states.reshape(-1, size))
-            if self._views is None or self._views[0] != plan.bucket:
+            seen = (plan.width, plan.bucket)
+            if self._views is None or self._views[0] != seen:
+                width, bucket = seen
                 self._views = (
-                    plan.bucket,
-                    self.keys[:, :, : plan.bucket],
-                    self.values[:, :, : plan.bucket],
+                    seen,
+                    self.keys[:width, :, :bucket],
+                    self.values[:width, :, :bucket],
                 )
             return self._views[1], self._views[2]
-        slot, start = plan.span_slot, plan.span_start
+        row, start = plan.span_row, plan.span_start
         stop = start + key_states.shape[2]
-        self.keys[slot, :, start:stop] = key_states[0]
-        self.values[slot, :, start:stop] = value_states[0]
+        self.keys[row, :, start:stop] = key_states[0]
+        self.values[row, :, start:stop] = value_states[0]
         if start == 0:
             return key_states, value_states
-        # Copies, so that strides and alignment are the same whatever the slot and the capacity.
+        # Copies, so that strides and alignment are the same whatever the row and the capacity.
         form = torch.contiguous_format
         return (
-            self.keys[slot : slot + 1, :, :stop].clone(memory_format=form),
-            self.values[slot : slot + 1, :, :stop].clone(memory_format=form),
+            self.keys[row : row + 1, :, :stop].clone(memory_format=form),
+            self.values[row : row + 1, :, :stop].clone(memory_format=form),
         )
 
-    def zero(self, slot: int, start: int, stop: int) -> None:
-        """Zero positions ``start..stop`` of a slot, and its scratch position."""
+    def zero(self, row: int, start: int, stop: int) -> None:
+        """Zero positions ``start..stop`` of a row, and its scratch position."""
         for store in (self.keys, self.values):
             if store is not None:
-                store[slot, :, start:stop] = 0
-                store[slot, :, self.plan.scratch] = 0
+                store[row, :, start:stop] = 0
+                store[row, :, self.plan.scratch] = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Not used: the caller passes 4-D masks."""
@@ -185,25 +190,25 @@ class RowSlotCache(Cache):
                 mine.allocate(theirs.keys, theirs.values)
 
     def copy_lane(self, source: "RowSlotCache", src: int, dst: int, length: int) -> None:
-        """Copy the first ``length`` positions of slot ``src`` of ``source`` into slot ``dst``."""
+        """Copy the first ``length`` positions of row ``src`` of ``source`` into row ``dst``."""
         self.allocate_like(source)
         for mine, theirs in zip(self.rows, source.rows, strict=True):
             for to, of in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                 if to is not None and of is not None:
                     to[dst, :, :length] = of[src, :, :length]
 
-    def lane_views(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
-        """The first ``length`` keys and values of a slot, by layer: [heads, length, size]."""
+    def lane_views(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """The first ``length`` keys and values of a row, by layer: [heads, length, size]."""
         return [
-            (layer.keys[slot, :, :length], layer.values[slot, :, :length])
+            (layer.keys[row, :, :length], layer.values[row, :, :length])
             for layer in self.rows
             if layer.keys is not None and layer.values is not None
         ]
 
-    def zero(self, slot: int, start: int, stop: int) -> None:
-        """Zero positions ``start..stop`` of a slot in every layer."""
+    def zero(self, row: int, start: int, stop: int) -> None:
+        """Zero positions ``start..stop`` of a row in every layer."""
         for layer in self.rows:
-            layer.zero(slot, start, stop)
+            layer.zero(row, start, stop)
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held."""

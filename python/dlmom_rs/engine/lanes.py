@@ -25,12 +25,16 @@ from .prompts import Fed, Pairs
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Some distinct slots, in an order: as indices of arrays and of tensors."""
+    """Some distinct slots, in an order, and the rows of a forward that are theirs."""
 
     at: NDArray[np.int64]
+    #: The rows, as an index of arrays and of tensors.
+    where: NDArray[np.int64]
     rows: Tensor
-    #: The first, where they follow one another; None where they do not.
+    #: The first row, where they follow one another; None where they do not.
     first: int | None
+    #: Rows that a step of theirs is computed for.
+    width: int
 
 
 class Lanes(ABC):
@@ -70,12 +74,19 @@ class Lanes(ABC):
     def places(self, slots: list[int]) -> Places:
         """Where slots are; the same object as before where they are the same as before."""
         if self._named is None or self._named[0] != slots:
-            at = np.array(slots, dtype=np.int64)
-            rows = torch.from_numpy(at).to(self.device)
-            follow = slots == list(range(slots[0], slots[0] + len(slots)))
-            self._named = (list(slots), Places(at, rows, slots[0] if follow else None))
+            self._named = (list(slots), self._find(np.array(slots, dtype=np.int64)))
             self._room = None
         return self._named[1]
+
+    def _find(self, at: NDArray[np.int64]) -> Places:
+        """Slots whose rows are where they are."""
+        return self._placed(at, at, self.slots)
+
+    def _placed(self, at: NDArray[np.int64], where: NDArray[np.int64], width: int) -> Places:
+        first = int(where[0])
+        follow = bool((where == np.arange(first, first + len(where))).all())
+        rows = torch.from_numpy(where).to(self.device)
+        return Places(at, where, rows, first if follow else None, width)
 
     def open(self, slot: int, limit: int) -> None:
         """Start an empty lane of at most ``limit`` positions, whatever the slot held before."""
@@ -199,10 +210,14 @@ class Lanes(ABC):
 
 
 class RowSlotLanes(Lanes):
-    """Lanes in one row-slot cache; a step is one forward over all slots.
+    """Lanes in one row-slot cache; a step is one forward over its first rows.
 
     Rows that do not step are dummies: they attend to position 0 only and write to the last position
     of the capacity, which no query ever sees, so a waiting lane stays as it is.
+
+    Where ``widths`` has more than one number, a lane is put into the first free row when it is
+    opened, and moved to a lower one where its step can then be computed for fewer rows: a batch
+    that runs empty, or never was full, costs what it holds. Otherwise its row is its slot.
     """
 
     def __init__(self, expert: Expert, slots: int, max_len: int, device: torch.device) -> None:
@@ -211,6 +226,12 @@ class RowSlotLanes(Lanes):
         self.cache = RowSlotCache(expert.family.layers, slots, capacity, device)
         #: The least visible length; raised to the capacity where bits depend on the bucket.
         self.min_bucket = BUCKET
+        #: Numbers of rows that steps may be computed for, ascending, the last all of them. Set
+        #: while no lane is open.
+        self.widths: tuple[int, ...] = (slots,)
+        #: The row of every open lane, and which rows are taken.
+        self._row = np.arange(slots)
+        self._taken = np.zeros(slots, np.bool_)
         self._masks = expert.mask_plan()
         self._keys = torch.arange(capacity, device=device)
         self._visible: dict[int, Tensor] = {}
@@ -222,6 +243,8 @@ class RowSlotLanes(Lanes):
         self._where_there = host if device.type == "cpu" else host.to(device)
         queries, writes = self._where_there
         self._positions, self._queries = queries[:, None], queries.view(-1, 1, 1, 1)
+        # The first of them, by width.
+        self._asked: dict[int, tuple[Tensor, Tensor]] = {}
         self.cache.plan.write_at(writes)
         #: The slots of the last step, which rows of the inputs are not dummies.
         self._stepping: Places | None = None
@@ -231,14 +254,60 @@ class RowSlotLanes(Lanes):
         self.graphs: Callable[[], Graph] | None = None
         self._captured: dict[int, Graph] = {}
 
+    def row(self, slot: int) -> int:
+        """The row of a slot's lane."""
+        return int(self._row[slot])
+
+    def open(self, slot: int, limit: int) -> None:
+        super().open(slot, limit)
+        row = slot if len(self.widths) == 1 else int(np.argmin(self._taken))
+        self._row[slot] = row
+        self._taken[row] = True
+        self._named = None
+
+    def close(self, slot: int) -> None:
+        held = bool(self.limits[slot])
+        super().close(slot)
+        if held:
+            self._taken[self._row[slot]] = False
+            self._named = None
+
+    def _find(self, at: NDArray[np.int64]) -> Places:
+        if len(self.widths) > 1 and bool(self.limits[at].all()):
+            self._draw_together(at)
+        where = self._row[at]
+        need = int(where.max()) + 1
+        return self._placed(at, where, next(width for width in self.widths if width >= need))
+
+    def _draw_together(self, at: NDArray[np.int64]) -> None:
+        """Move lanes that step into free rows, where fewer rows hold them all then."""
+        for width in self.widths:
+            beyond = at[self._row[at] >= width]
+            free = np.flatnonzero(~self._taken[:width])
+            if len(beyond) <= len(free):
+                for slot, row in zip(beyond.tolist(), free.tolist(), strict=False):
+                    self._shift(slot, row)
+                return
+
+    @torch.inference_mode()  # places are asked for outside of it, too
+    def _shift(self, slot: int, row: int) -> None:
+        old, length = self.row(slot), int(self.lengths[slot])
+        self.cache.copy_lane(self.cache, old, row, length)
+        self._written[row] = length
+        self.cache.zero(old, 0, int(self._written[old]))
+        self._written[old] = 0
+        self._taken[old], self._taken[row] = False, True
+        self._row[slot] = row
+
     def span(self, slot: int, x: Tensor) -> Tensor:
         start = self.length(slot)
         stop = start + x.shape[0]
+        row = self.row(slot)
         plan = self.cache.plan
         queries = self._keys[start:stop]
         mask = self._masks.build(queries.view(1, 1, -1, 1), self._keys[:stop])
-        self._written[slot] = max(int(self._written[slot]), stop)
-        plan.span_slot, plan.span_start = slot, start
+        self._written[row] = max(int(self._written[row]), stop)
+        plan.span_row, plan.span_start = row, start
         try:
             logits = self._logits(
                 x[None],
@@ -247,33 +316,33 @@ class RowSlotLanes(Lanes):
                 position_ids=queries[None],
             )
         finally:
-            plan.span_slot = None
+            plan.span_row = None
         self._move(slot, stop)
         return logits[0]
 
     def step(self, slots: list[int], x: Tensor) -> Tensor:
         plan = self.cache.plan
         places = self.places(slots)
-        at, first = places.at, places.first
+        at, where, first = places.at, places.where, places.first
         if places is not self._stepping:
             self._where[0] = 0
             self._where[1] = plan.scratch
         lengths = self.lengths[at]
-        self._where[:, at] = lengths
+        self._where[:, where] = lengths
         if self._where_there.device.type != "cpu":
             self._where_there.copy_(torch.from_numpy(self._where))
         longest = int(lengths.max()) + 1
-        self._written[at] = np.maximum(self._written[at], lengths + 1)
+        self._written[where] = np.maximum(self._written[where], lengths + 1)
         bucket = min(plan.capacity, max(self.min_bucket, round_up(longest, BUCKET)))
         inputs = self._batch(places, x)
         # Hidden states are noted by a hook, which a replay does not call.
         if self.graphs is None or self.expert.captured is not None:
-            logits = self._forward(inputs, bucket)
+            logits = self._forward(inputs, bucket, places.width)
         else:
             graph = self._captured.get(bucket)
             if graph is None:
                 graph = self.graphs()
-                graph.capture(lambda: self._forward(inputs, bucket))
+                graph.capture(lambda: self._forward(inputs, bucket, self.slots))
                 self._captured[bucket] = graph
             logits = graph.replay()
         self.lengths[at] = lengths + 1
@@ -288,28 +357,32 @@ class RowSlotLanes(Lanes):
         self.graphs = None
         self._captured.clear()
 
-    def _forward(self, inputs: Tensor, bucket: int) -> Tensor:
-        """Logits [slots, head rows] of inputs [slots, 1, h] at the positions that are set."""
+    def _forward(self, inputs: Tensor, bucket: int, width: int) -> Tensor:
+        """Logits [width, head rows] of inputs [width, 1, h] at the positions that are set."""
         plan = self.cache.plan
-        plan.bucket = bucket
+        plan.bucket, plan.width = bucket, width
         plan.stepped()
+        asked = self._asked.get(width)
+        if asked is None:
+            asked = self._asked[width] = self._positions[:width], self._queries[:width]
+        positions, queries = asked
         keys = self._visible.get(bucket)
         if keys is None:
             keys = self._visible[bucket] = self._keys[:bucket]
         return self._logits(
             inputs,
             self.cache,
-            attention_mask=self._masks.build(self._queries, keys),
-            position_ids=self._positions,
+            attention_mask=self._masks.build(queries, keys),
+            position_ids=positions,
         )
 
     def _batch(self, places: Places, x: Tensor) -> Tensor:
-        """Inputs of every slot: ``x`` [r, hidden] at places, dummies elsewhere: [slots, 1, h].
+        """Inputs of a step's rows: ``x`` [r, hidden] at places, dummies elsewhere: [width, 1, h].
 
         Dummies are fed an ordinary token, because a zero vector is no model's input. Where steps
         are captured, always the same memory.
         """
-        if self.graphs is None and x.shape[0] == self.slots and places.first == 0:
+        if self.graphs is None and x.shape[0] == places.width and places.first == 0:
             self._stepping = places
             return x[:, None]
         if self._idle is None or self._inputs is None:
@@ -319,7 +392,7 @@ class RowSlotLanes(Lanes):
         elif places is not self._stepping:
             self._inputs.copy_(self._idle.expand_as(self._inputs))
         self._stepping = places
-        return self._inputs.index_copy_(0, places.rows, x)[:, None]
+        return self._inputs.index_copy_(0, places.rows, x)[: places.width, None]
 
     def allocate_like(self, other: "RowSlotLanes") -> None:
         """Allocate now what a first forward would, with the shapes another agent's lanes have."""
@@ -330,7 +403,7 @@ class RowSlotLanes(Lanes):
         return all(layer.is_initialized for layer in self.cache.rows)
 
     def views(self, slot: int) -> list[tuple[Tensor, Tensor]]:
-        return self.cache.lane_views(slot, self.length(slot))
+        return self.cache.lane_views(self.row(slot), self.length(slot))
 
     def position_bytes(self) -> int:
         return self.cache.nbytes() // (self.slots * self.cache.plan.capacity)
@@ -339,25 +412,27 @@ class RowSlotLanes(Lanes):
         return self.cache.nbytes()
 
     def _drop(self, slot: int, length: int) -> None:
-        self.cache.zero(slot, length, int(self._written[slot]))
-        self._written[slot] = min(int(self._written[slot]), length)
+        row = self.row(slot)
+        self.cache.zero(row, length, int(self._written[row]))
+        self._written[row] = min(int(self._written[row]), length)
 
     def _append(self, slot: int, pairs: Pairs) -> None:
-        start = int(self.lengths[slot])
+        start, row = int(self.lengths[slot]), self.row(slot)
         stop = start + pairs[0][0].shape[1]
-        self._written[slot] = max(int(self._written[slot]), stop)
+        self._written[row] = max(int(self._written[row]), stop)
         for layer, (keys, values) in zip(self.cache.rows, pairs, strict=True):
             if not layer.is_initialized:
                 layer.allocate(keys[None], values[None])
             assert layer.keys is not None
             assert layer.values is not None
-            layer.keys[slot, :, start:stop] = keys
-            layer.values[slot, :, start:stop] = values
+            layer.keys[row, :, start:stop] = keys
+            layer.values[row, :, start:stop] = values
 
     def _copy(self, source: Lanes, src: int, dst: int, length: int) -> None:
         assert isinstance(source, RowSlotLanes)
-        self._written[dst] = length
-        self.cache.copy_lane(source.cache, src, dst, length)
+        row = self.row(dst)
+        self._written[row] = length
+        self.cache.copy_lane(source.cache, source.row(src), row, length)
 
 
 class PerRowLanes(Lanes):

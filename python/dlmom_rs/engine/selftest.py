@@ -198,6 +198,29 @@ def invariance_failure(expert: Expert, lanes: Lanes) -> str | None:
     return None
 
 
+def widths(expert: Expert, lanes: RowSlotLanes, *, exact: bool) -> tuple[int, ...]:
+    """The numbers of rows that steps of these lanes may be computed for, ascending.
+
+    All, half of them, half of those, each where a row then has the same logits: the same bits where
+    ``exact``, those of a lone run's tolerance elsewhere.
+    """
+    row, mate, other = (make_row(expert, i, n, lanes.device) for i, n in enumerate(PROMPTS))
+    last = lanes.slots - 1
+    want = drive(lanes, {last: row})[last]
+    half = expert.dtype != torch.float32
+    found = [lanes.slots]
+    while (width := padded_rows(found[0] // 2, expert.dtype)) < found[0]:
+        found.insert(0, width)
+    good = []
+    for width in found[:-1]:
+        lanes.widths = (width, lanes.slots)
+        got = drive(lanes, {0: mate, 1: other, last: row})[last]
+        if torch.equal(got, want) if exact else difference(got, want, half) is None:
+            good.append(width)
+    lanes.widths = (lanes.slots,)
+    return (*good, lanes.slots)
+
+
 def graphs_failure(expert: Expert, lanes: RowSlotLanes, make: Callable[[], Graph]) -> str | None:
     """Why captured steps of these lanes cannot be used, or None, with the lanes capturing.
 
@@ -211,6 +234,7 @@ def graphs_failure(expert: Expert, lanes: RowSlotLanes, make: Callable[[], Graph
             [[(0, 5)], [(lanes.slots - 1, 9), (0, 2)], [(lanes.slots // 2, 3)]]
         )
     ]
+    widths, lanes.widths = lanes.widths, (lanes.slots,)
     launched = [drive(lanes, crowd) for crowd in crowds]
     lanes.graphs = make
     try:
@@ -220,6 +244,7 @@ def graphs_failure(expert: Expert, lanes: RowSlotLanes, make: Callable[[], Graph
                 raise RuntimeError("a replayed step has other bits than a launched one")
     except Exception as error:
         lanes.launch()
+        lanes.widths = widths
         if out_of_memory(error):
             raise
         return f"{type(error).__name__}: {one_line(error)}"
