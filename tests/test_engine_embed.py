@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dlmom_rs.engine import embed as module
-from dlmom_rs.engine.embed import embed, one_hot_rows
+from dlmom_rs.engine.embed import embed, embed_in_place, one_hot_rows
 
 CPU = torch.device("cpu")
 ROWS = 300
@@ -27,6 +27,30 @@ def packets(seed: int, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     probs = rng.dirichlet(np.full(k, 0.3), n).astype(np.float32)
     return rng.integers(0, ROWS, (n, k)), -np.sort(-probs, axis=1)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kinds=st.lists(
+        st.sampled_from(["mixed", "token", "almost", "elsewhere"]), min_size=1, max_size=6
+    ),
+    k=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_without_decisions_of_the_host_the_bits_are_the_same(
+    seed: int, kinds: list[str], k: int, dtype: torch.dtype
+) -> None:
+    emb = table(20, dtype)
+    ids, probs = packets(seed, len(kinds), k)
+    for row, kind in enumerate(kinds):
+        if kind != "mixed":
+            probs[row] = 0.0
+            probs[row, -1 if kind == "elsewhere" else 0] = 1.0
+        if kind == "almost":
+            probs[row, -1] = 1e-7
+    got = embed_in_place(emb, torch.from_numpy(ids), torch.from_numpy(probs))
+    assert torch.equal(got, embed(emb, ids, probs, CPU))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

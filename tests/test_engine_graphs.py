@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import (
     Gemma3TextConfig,
@@ -25,7 +25,7 @@ from transformers import (
 
 from dlmom_rs.engine.backend import Engine
 from dlmom_rs.engine.errors import ModelError
-from dlmom_rs.engine.lanes import RowSlotLanes
+from dlmom_rs.engine.lanes import Given, RowSlotLanes
 from dlmom_rs.engine.testing import Packet, advance, load, prefill, printed, save_model
 
 SIZES: dict[str, Any] = {
@@ -85,6 +85,11 @@ class Recorded:
     def replay(self) -> Tensor:
         assert self._output is not None
         self.replays += 1
+        with _disable_current_modes():
+            self._again()
+        return self._output
+
+    def _again(self) -> None:
         for op, args, kwargs, out in self._ops:
             given = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
             again = op(*args, **kwargs)
@@ -92,7 +97,6 @@ class Recorded:
                 # Views, and what was written in place, are where they were.
                 if isinstance(old, Tensor) and storage(old) not in given:
                     old.copy_(new)
-        return self._output
 
 
 def storage(tensor: Tensor) -> int:
@@ -156,6 +160,41 @@ def test_replayed_steps_have_the_bits_of_launched_ones(
     assert Recorded.made == made
 
 
+def test_all_of_a_step_is_one_graph(tmp_path: Path) -> None:
+    """Soft embedding, mask and forward: outside of the graph only views of its result are made."""
+    engine = load(save_model(tmp_path / "model", FAMILIES["qwen2"]), max_len=150, attn="sdpa")
+    capture(engine)
+    launched: list[str] = []
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            launched.append(op.overloadpacket.__name__)
+            return op(*args, **(kwargs or {}))
+
+    rows: dict[int, Packet] = {slot: [(slot, 0.5), (7, 0.5)] for slot in range(4)}
+    engine.open([(slot, 0, 100) for slot in rows])
+    for slot in rows:
+        prefill(engine, slot, printed([1, 2, slot]))
+    advance(engine, rows)
+    with Launches():
+        mixed = advance(engine, rows)
+    assert set(launched) <= {"view", "slice", "alias", "detach", "unbind"}
+    launched.clear()
+    engine._graphs = None
+    engine.reserve(8, 150)
+    engine.open([(slot, 0, 100) for slot in rows])
+    for slot in rows:
+        prefill(engine, slot, printed([1, 2, slot]))
+    advance(engine, rows)
+    with Launches():
+        again = advance(engine, rows)
+    assert "embedding" in launched
+    assert len(launched) > 50
+    assert all(torch.equal(mixed[slot], again[slot]) for slot in rows)
+
+
 def test_a_step_that_keeps_hidden_states_is_launched(tmp_path: Path) -> None:
     engine = load(save_model(tmp_path / "model", FAMILIES["qwen2"]), attn="sdpa")
     capture(engine)
@@ -175,14 +214,14 @@ def test_what_cannot_be_captured_is_launched_and_said(
     engine = load(save_model(tmp_path / "model", FAMILIES["qwen2"]), max_len=150, attn="sdpa")
     launched = story(engine, 1)
 
-    def stale(self: RowSlotLanes, inputs: Tensor, bucket: int, width: int) -> Tensor:
+    def stale(self: RowSlotLanes, given: Given, inputs: Tensor, *sizes: int) -> Tensor:
         """Where to write, from the host: right in the capture's own step, and never again."""
-        self.cache.plan.write_at(torch.from_numpy(self._where[1].copy()))
-        return run(self, inputs, bucket, width)
+        given.writes = torch.from_numpy(given._where[1].copy())
+        return run(self, given, inputs, *sizes)
 
-    def waits(self: RowSlotLanes, inputs: Tensor, bucket: int, width: int) -> Tensor:
+    def waits(self: RowSlotLanes, given: Given, inputs: Tensor, *sizes: int) -> Tensor:
         assert float(inputs.sum()) < 1e9
-        return run(self, inputs, bucket, width)
+        return run(self, given, inputs, *sizes)
 
     run = RowSlotLanes._forward
     for broken, reason in ((waits, "waits for a value"), (stale, "other bits than a launched one")):

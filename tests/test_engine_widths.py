@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from dlmom_rs.engine.backend import Engine
-from dlmom_rs.engine.lanes import RowSlotLanes
+from dlmom_rs.engine.lanes import Given, RowSlotLanes
 from dlmom_rs.engine.testing import Packet, advance, load, prefill, printed, save_model
 
 SIZES: dict[str, Any] = {
@@ -159,8 +159,8 @@ def test_a_number_of_rows_that_changes_bits_is_not_used(
 ) -> None:
     run = RowSlotLanes._forward
 
-    def off(self: RowSlotLanes, inputs: Tensor, bucket: int, width: int) -> Tensor:
-        logits = run(self, inputs, bucket, width)
+    def off(self: RowSlotLanes, given: Given, inputs: Tensor, bucket: int, width: int) -> Tensor:
+        logits = run(self, given, inputs, bucket, width)
         return logits * (1 + 1e-6) if width == 24 else logits
 
     monkeypatch.setattr(RowSlotLanes, "_forward", off)
@@ -173,8 +173,8 @@ def test_a_number_of_rows_that_changes_bits_is_not_used(
     monkeypatch.setattr(
         RowSlotLanes,
         "_forward",
-        lambda self, inputs, bucket, width: (
-            run(self, inputs, bucket, width) * (1 + 0.1 * (width == 24))
+        lambda self, given, inputs, bucket, width: (
+            run(self, given, inputs, bucket, width) * (1 + 0.1 * (width == 24))
         ),
     )
     fast.reserve(SLOTS, 64)

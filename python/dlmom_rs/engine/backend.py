@@ -25,6 +25,7 @@ from .device import (
     parse_dtype,
     peak_rss_bytes,
     physical_cores,
+    there,
 )
 from .embed import embed, embed_dense
 from .errors import ModelError
@@ -484,11 +485,14 @@ class Engine:
             spans = [self._span(call, slot, feed) for slot, feed in call.spans]
             step: Tensor | None = None
             if call.step is not None:
-                x = self._inputs(expert, call.step)
-                for rows, values in call.payloads:
-                    at = torch.tensor(rows, dtype=torch.int64, device=self._device)
-                    x = x.index_copy(0, at, self._inputs(expert, values))
-                step = lanes.step(call.step_slots, x)
+                if isinstance(lanes, RowSlotLanes) and lanes.graphs and not call.payloads:
+                    step = lanes.step_packets(call.step_slots, call.step)
+                else:
+                    x = self._inputs(expert, call.step)
+                    for rows, values in call.payloads:
+                        at = there(torch.tensor(rows, dtype=torch.int64), self._device)
+                        x = x.index_copy(0, at, self._inputs(expert, values))
+                    step = lanes.step(call.step_slots, x)
                 if lanes.fed:
                     for slot in call.step_slots:
                         lanes.fed.pop(slot, None)
@@ -591,7 +595,7 @@ class Engine:
             return embed(expert.embeddings, feed.ids, feed.probs, self._device)
         if feed.kind == "dense":
             return embed_dense(expert.embeddings, feed.values, self._device)
-        return torch.from_numpy(feed.values).to(device=self._device, dtype=expert.dtype)
+        return there(torch.from_numpy(feed.values), self._device).to(expert.dtype)
 
     def embed_packets(
         self, model: int, ids: bytearray, probs: bytearray, n: int, k: int

@@ -60,11 +60,8 @@ class SlotPlan:
         return self.capacity - 1
 
     def write_at(self, positions: Tensor) -> None:
-        """Set where rows find the position to write to: ``positions`` [slots] int64, kept."""
+        """Set where the rows of a step find the positions to write to: [slots] int64."""
         self._writes = positions[:, None]
-
-    def stepped(self) -> None:
-        """Take in what the positions given to :meth:`write_at` now hold."""
         self._targets.clear()
 
     def targets(self, heads: int) -> Tensor:

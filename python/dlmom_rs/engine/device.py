@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .errors import ModelError
 
@@ -78,3 +79,9 @@ def device_bytes(device: torch.device) -> tuple[int, int]:
         now = torch.mps.current_allocated_memory()
         return now, now
     return 0, 0
+
+
+def there(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device. CUDA and HIP take a copy and the host goes on: otherwise it would
+    wait for all that was launched before, such as the forward of another agent."""
+    return tensor.to(device, non_blocking=device.type == "cuda")

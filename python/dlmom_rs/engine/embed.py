@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .device import there
+
 #: Entries summed by one pairwise tree. A constant of the arithmetic: changing it changes bits.
 TREE = 1024
 #: Bound on the f32 elements alive in one block, so that a whole-vocabulary packet fits in memory.
@@ -74,21 +76,31 @@ def embed(
     A packet whose first probability is 1 and whose others are 0 gives exactly ``E[id]``. Others are
     accumulated in f32 and rounded to the model's dtype once.
     """
-    table_ids = torch.from_numpy(ids).to(device)
+    table_ids = there(torch.from_numpy(ids), device)
     # What sampling and printing feed most: rows that are all mixtures, and tokens alone.
     certain = probs[:, 0] == 1.0
     if not certain.any():
-        weights = torch.from_numpy(np.ascontiguousarray(probs, dtype=np.float32)).to(device)
+        weights = there(torch.from_numpy(np.ascontiguousarray(probs, dtype=np.float32)), device)
         return mixture(module, table_ids, weights).to(_table(module).dtype)
     out: Tensor = module(table_ids[:, 0])
     soft = np.flatnonzero(~one_hot_rows(probs))
     if soft.size == 0:
         return out
-    weights = torch.from_numpy(np.ascontiguousarray(probs[soft], dtype=np.float32)).to(device)
-    rows = torch.from_numpy(soft).to(device)
+    weights = there(torch.from_numpy(np.ascontiguousarray(probs[soft], dtype=np.float32)), device)
+    rows = there(torch.from_numpy(soft), device)
     out = out.clone()
     out[rows] = mixture(module, table_ids[rows], weights).to(out.dtype)
     return out
+
+
+def embed_in_place(module: nn.Module, ids: Tensor, probs: Tensor) -> Tensor:
+    """:func:`embed` of packets that are where the table is, with no decision of the host.
+
+    ``ids`` [n, k] int64, ``probs`` [n, k] f32 -> [n, h] in the module's dtype, with the same bits.
+    """
+    tokens: Tensor = module(ids[:, 0])
+    certain = (probs[:, :1] == 1.0) & (probs[:, 1:] == 0.0).all(dim=1, keepdim=True)
+    return torch.where(certain, tokens, mixture(module, ids, probs).to(tokens.dtype))
 
 
 def _table(module: nn.Module) -> Tensor:
@@ -104,5 +116,5 @@ def embed_dense(module: nn.Module, probs: NDArray[np.float32], device: torch.dev
     Row by row, so that a row's bits do not depend on how many there are.
     """
     ids = torch.arange(probs.shape[1], dtype=torch.int64, device=device)[None]
-    rows = torch.from_numpy(np.ascontiguousarray(probs, dtype=np.float32)).to(device)
+    rows = there(torch.from_numpy(np.ascontiguousarray(probs, dtype=np.float32)), device)
     return torch.cat([mixture(module, ids, row[None]) for row in rows]).to(_table(module).dtype)

@@ -18,8 +18,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache import BUCKET, RowSlotCache, round_up
+from .device import there
+from .embed import embed_in_place
 from .experts import Expert
 from .graphs import Graph
+from .packets import Entries
 from .prompts import Fed, Pairs
 
 
@@ -85,7 +88,7 @@ class Lanes(ABC):
     def _placed(self, at: NDArray[np.int64], where: NDArray[np.int64], width: int) -> Places:
         first = int(where[0])
         follow = bool((where == np.arange(first, first + len(where))).all())
-        rows = torch.from_numpy(where).to(self.device)
+        rows = there(torch.from_numpy(where), self.device)
         return Places(at, where, rows, first if follow else None, width)
 
     def open(self, slot: int, limit: int) -> None:
@@ -209,6 +212,62 @@ class Lanes(ABC):
         """Copy history into an empty slot."""
 
 
+class Given:
+    """What a step is given, kept from step to step: on the host, and where the forward finds it.
+
+    One piece of memory, so that it takes one copy to a device; on a CPU both are the same. It holds
+    where every row reads and writes [2, slots], and its packet, ``ids`` and ``probs`` [slots, k].
+    """
+
+    def __init__(self, slots: int, k: int, device: torch.device) -> None:
+        host = torch.zeros(16 * slots + 12 * slots * k, dtype=torch.uint8)
+        self._host = host
+        self._there = host if device.type == "cpu" else host.to(device)
+        self._cuts = (16 * slots, 16 * slots + 8 * slots * k)
+        self._shape = (slots, k)
+        self._places: Places | None = None
+        where, ids, probs = self._parts(host)
+        self._where, self._ids, self._probs = where.numpy(), ids.numpy(), probs.numpy()
+        where, self.ids, self.probs = self._parts(self._there)
+        queries, self.writes = where
+        self._positions, self._queries = queries[:, None], queries.view(-1, 1, 1, 1)
+        self._asked: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _parts(self, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first, second = self._cuts
+        return (
+            memory[:first].view(torch.int64).view(2, -1),
+            memory[first:second].view(torch.int64).view(self._shape),
+            memory[second:].view(torch.float32).view(self._shape),
+        )
+
+    def take(
+        self, places: Places, lengths: NDArray[np.int64], packets: Entries | None, scratch: int
+    ) -> None:
+        """Take in a step of some lanes; the other rows are dummies that write to ``scratch``."""
+        if places is not self._places:
+            self._where[0] = 0
+            self._where[1] = scratch
+            # An ordinary token, because a zero vector is no model's input.
+            self._ids[:] = 0
+            self._probs[:] = 0.0
+            self._probs[:, :1] = 1.0
+            self._places = places
+        self._where[:, places.where] = lengths
+        if packets is not None:
+            self._ids[places.where] = packets.ids
+            self._probs[places.where] = packets.probs
+        if self._there is not self._host:
+            self._there.copy_(self._host, non_blocking=self._there.device.type == "cuda")
+
+    def asked(self, width: int) -> tuple[Tensor, Tensor]:
+        """Positions [width, 1] of the first rows, and the same as queries [width, 1, 1, 1]."""
+        found = self._asked.get(width)
+        if found is None:
+            found = self._asked[width] = self._positions[:width], self._queries[:width]
+        return found
+
+
 class RowSlotLanes(Lanes):
     """Lanes in one row-slot cache; a step is one forward over its first rows.
 
@@ -236,23 +295,16 @@ class RowSlotLanes(Lanes):
         self._keys = torch.arange(capacity, device=device)
         self._visible: dict[int, Tensor] = {}
         self._written = np.zeros(slots, np.int64)
-        # Where every row of a step reads and writes, on the host and where the forward finds it.
-        # Both are kept from step to step: on a CPU they are the same memory.
-        self._where = np.zeros((2, slots), np.int64)
-        host = torch.from_numpy(self._where)
-        self._where_there = host if device.type == "cpu" else host.to(device)
-        queries, writes = self._where_there
-        self._positions, self._queries = queries[:, None], queries.view(-1, 1, 1, 1)
-        # The first of them, by width.
-        self._asked: dict[int, tuple[Tensor, Tensor]] = {}
-        self.cache.plan.write_at(writes)
-        #: The slots of the last step, which rows of the inputs are not dummies.
+        #: What steps are given, by entries of a packet; 0 for steps that are given embeddings.
+        self._given: dict[int, Given] = {}
+        #: The slots of the last step given embeddings: which rows of the inputs are not dummies.
         self._stepping: Places | None = None
         self._inputs: Tensor | None = None
         self._idle: Tensor | None = None
         #: Makes what steps are captured with; None where every step is launched anew.
         self.graphs: Callable[[], Graph] | None = None
-        self._captured: dict[int, Graph] = {}
+        #: By visible length and entries of a packet.
+        self._captured: dict[tuple[int, int], Graph] = {}
 
     def row(self, slot: int) -> int:
         """The row of a slot's lane."""
@@ -321,35 +373,49 @@ class RowSlotLanes(Lanes):
         return logits[0]
 
     def step(self, slots: list[int], x: Tensor) -> Tensor:
-        plan = self.cache.plan
         places = self.places(slots)
+        inputs = self._batch(places, x)
+        return self._run(places, None, lambda _: inputs)
+
+    def step_packets(self, slots: list[int], packets: Entries) -> Tensor:
+        """:meth:`step` with the packets' embeddings, which are part of what is captured."""
+
+        def inputs(given: Given) -> Tensor:
+            x = embed_in_place(self.expert.embeddings, given.ids, given.probs)
+            return x[: places.width, None]
+
+        places = self.places(slots)
+        return self._run(places, packets, inputs)
+
+    def _run(
+        self, places: Places, packets: Entries | None, inputs: Callable[[Given], Tensor]
+    ) -> Tensor:
+        plan = self.cache.plan
         at, where, first = places.at, places.where, places.first
-        if places is not self._stepping:
-            self._where[0] = 0
-            self._where[1] = plan.scratch
+        k = 0 if packets is None else packets.ids.shape[1]
+        given = self._given.get(k)
+        if given is None:
+            given = self._given[k] = Given(self.slots, k, self.device)
         lengths = self.lengths[at]
-        self._where[:, where] = lengths
-        if self._where_there.device.type != "cpu":
-            self._where_there.copy_(torch.from_numpy(self._where))
+        given.take(places, lengths, packets, plan.scratch)
         longest = int(lengths.max()) + 1
         self._written[where] = np.maximum(self._written[where], lengths + 1)
         bucket = min(plan.capacity, max(self.min_bucket, round_up(longest, BUCKET)))
-        inputs = self._batch(places, x)
         # Hidden states are noted by a hook, which a replay does not call.
         if self.graphs is None or self.expert.captured is not None:
-            logits = self._forward(inputs, bucket, places.width)
+            logits = self._forward(given, inputs(given), bucket, places.width)
         else:
-            graph = self._captured.get(bucket)
+            graph = self._captured.get((bucket, k))
             if graph is None:
                 graph = self.graphs()
-                graph.capture(lambda: self._forward(inputs, bucket, self.slots))
-                self._captured[bucket] = graph
+                graph.capture(lambda: self._forward(given, inputs(given), bucket, self.slots))
+                self._captured[bucket, k] = graph
             logits = graph.replay()
         self.lengths[at] = lengths + 1
         if self._room is not None:
             self._room -= 1
         if first is not None:
-            return logits[first : first + len(slots)]
+            return logits[first : first + len(at)]
         return logits.index_select(0, places.rows)
 
     def launch(self) -> None:
@@ -357,15 +423,12 @@ class RowSlotLanes(Lanes):
         self.graphs = None
         self._captured.clear()
 
-    def _forward(self, inputs: Tensor, bucket: int, width: int) -> Tensor:
-        """Logits [width, head rows] of inputs [width, 1, h] at the positions that are set."""
+    def _forward(self, given: Given, inputs: Tensor, bucket: int, width: int) -> Tensor:
+        """Logits [width, head rows] of inputs [width, 1, h] at the positions that are given."""
         plan = self.cache.plan
         plan.bucket, plan.width = bucket, width
-        plan.stepped()
-        asked = self._asked.get(width)
-        if asked is None:
-            asked = self._asked[width] = self._positions[:width], self._queries[:width]
-        positions, queries = asked
+        plan.write_at(given.writes)
+        positions, queries = given.asked(width)
         keys = self._visible.get(bucket)
         if keys is None:
             keys = self._visible[bucket] = self._keys[:bucket]

@@ -16,6 +16,7 @@ from torch import Tensor
 from dlmom_rs import kernels
 from dlmom_rs.kernels.readout import Readout
 
+from .device import there
 from .errors import ModelError
 from .experts import one_line
 from .packets import Call
@@ -160,8 +161,7 @@ def _rectangle(lists: list[list[int]], device: torch.device) -> Tensor | None:
 
 
 def _on(device: torch.device, ids: list[int] | list[list[int]]) -> Tensor:
-    """int64 on a device, without waiting for what it is busy with."""
-    return torch.tensor(ids, dtype=torch.int64).to(device, non_blocking=True)
+    return there(torch.tensor(ids, dtype=torch.int64), device)
 
 
 def _packed(readout: Readout) -> RawReadout:

@@ -20,6 +20,7 @@ from .embed import embed
 from .experts import Expert, one_line
 from .graphs import Graph
 from .lanes import Lanes, PerRowLanes, RowSlotLanes
+from .packets import Entries
 
 #: Largest difference from a lone run, as a share of the largest logit, in float32.
 TOLERANCE = 1e-4
@@ -33,10 +34,12 @@ LONGEST = 512
 
 @dataclass(frozen=True)
 class Row:
-    """A made-up row: the embeddings of its prompt [n, hidden] and of its steps [STEPS, hidden]."""
+    """A made-up row: the embeddings of its prompt [n, hidden] and of its steps [STEPS, hidden], and
+    the packets that those are of."""
 
     prompt: Tensor
     steps: Tensor
+    packets: Entries
 
 
 def make_row(expert: Expert, seed: int, length: int, device: torch.device) -> Row:
@@ -50,18 +53,30 @@ def make_row(expert: Expert, seed: int, length: int, device: torch.device) -> Ro
     return Row(
         embed(expert.embeddings, prompt, ones, device),
         embed(expert.embeddings, ids, probs, device),
+        Entries(ids, probs),
     )
 
 
-def drive(lanes: Lanes, rows: dict[int, Row]) -> dict[int, Tensor]:
-    """Run rows by slot through the lanes; each slot's logits [1 + STEPS, head rows] in float32."""
+def drive(lanes: Lanes, rows: dict[int, Row], *, packets: bool = False) -> dict[int, Tensor]:
+    """Run rows by slot through the lanes; each slot's logits [1 + STEPS, head rows] in float32.
+
+    With ``packets`` steps are given those and not their embeddings, which takes row-slot lanes.
+    """
     slots = sorted(rows)
     out: dict[int, list[Tensor]] = {}
     for slot in slots:
         lanes.open(slot, rows[slot].prompt.shape[0] + STEPS)
         out[slot] = [lanes.span(slot, rows[slot].prompt)]
     for i in range(STEPS):
-        logits = lanes.step(slots, torch.stack([rows[slot].steps[i] for slot in slots]))
+        if packets:
+            assert isinstance(lanes, RowSlotLanes)
+            given = [rows[slot].packets for slot in slots]
+            ids, probs = (
+                np.stack(x) for x in zip(*((p.ids[i], p.probs[i]) for p in given), strict=True)
+            )
+            logits = lanes.step_packets(slots, Entries(ids, probs))
+        else:
+            logits = lanes.step(slots, torch.stack([rows[slot].steps[i] for slot in slots]))
         for j, slot in enumerate(slots):
             # A captured step leaves the next one's logits in the same place.
             out[slot].append(logits[j].clone())
@@ -225,8 +240,8 @@ def graphs_failure(expert: Expert, lanes: RowSlotLanes, make: Callable[[], Graph
     """Why captured steps of these lanes cannot be used, or None, with the lanes capturing.
 
     They have to be captured without an error and give the bits of steps that are launched one by
-    one, in the capture's own step and in later ones, for other rows in other slots. Out of memory
-    is raised: it says nothing about the model.
+    one, in the capture's own step and in later ones, for other rows in other slots, from packets
+    and from embeddings. Out of memory is raised: it says nothing about the model.
     """
     crowds = [
         {slot: make_row(expert, 10 * turn + slot, length, lanes.device) for slot, length in sizes}
@@ -239,9 +254,10 @@ def graphs_failure(expert: Expert, lanes: RowSlotLanes, make: Callable[[], Graph
     lanes.graphs = make
     try:
         for crowd, want in zip(crowds, launched, strict=True):
-            got = drive(lanes, crowd)
-            if any(not torch.equal(got[slot], want[slot]) for slot in crowd):
-                raise RuntimeError("a replayed step has other bits than a launched one")
+            for packets in (True, False):
+                got = drive(lanes, crowd, packets=packets)
+                if any(not torch.equal(got[slot], want[slot]) for slot in crowd):
+                    raise RuntimeError("a replayed step has other bits than a launched one")
     except Exception as error:
         lanes.launch()
         lanes.widths = widths
