@@ -105,7 +105,7 @@ def storage(tensor: Tensor) -> int:
 
 def capture(engine: Engine) -> None:
     """Capture the steps of a CPU engine, through the self-test that a GPU's go through."""
-    engine._graphs = lambda: Recorded
+    engine._graphs = lambda _: Recorded
     engine.reserve(engine.info()["slots"], engine.info()["max_len"])
 
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_captured_is_launched_and_said(
             assert self._output is not None
             return self._output
 
-    engine._graphs = lambda: Elsewhere
+    engine._graphs = lambda _: Elsewhere
     with pytest.warns(UserWarning, match="other bits than a launched one"):
         engine.reserve(8, 150)
     assert engine.info()["graphs"] is False
@@ -258,7 +258,7 @@ def test_out_of_memory_is_no_reason_to_launch(tmp_path: Path) -> None:
             work()
             raise MemoryError("no room for a graph")
 
-    engine._graphs = lambda: Full
+    engine._graphs = lambda _: Full
     with pytest.raises(MemoryError, match="no room for a graph"):
         engine.reserve(8, 128)
 

@@ -113,7 +113,7 @@ class DeepLatentMoM:
         cls,
         experts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
-        device: str = "auto",
+        device: str | Sequence[str] = "auto",
         dtype: str = "bf16",
         batch_size: int = 8,
         max_len: int = 1024,
@@ -131,6 +131,10 @@ class DeepLatentMoM:
         ``batch_size`` rows of at most ``max_len`` positions (prompt and steps) run together. On a
         CPU a row's bits depend on neither its slot nor its mates unless ``fast`` gives that up.
         An expert named twice is loaded once and works as two.
+
+        ``device`` is ``auto``, ``cpu``, ``cuda``, ``hip`` or ``mps``, with a number for one of
+        several GPUs (``cuda:1``); a list names one for each expert, and those of several devices
+        work at the same time.
 
         ``topology`` is who the agents are and how they meet: ``lockstep`` (every expert is one),
         another name of ``dlmom-rs list topologies`` (``sequential``: a Generalist thinks and hands
@@ -157,6 +161,7 @@ class DeepLatentMoM:
         if idle:
             raise _core.ConfigError(f"topology: {names[idle[0]]} is nobody's model")
         models = list(dict.fromkeys(names))
+        device = device if isinstance(device, str) else ",".join(device)
         engine = Engine.load(
             models,
             [models.index(names[seat]) for seat in seats],

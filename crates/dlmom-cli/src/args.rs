@@ -75,19 +75,27 @@ pub enum BackendKind {
     Mock,
 }
 
-/// Where the forwards run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Device {
-    /// The first of cuda (or hip), mps, cpu that is there.
-    Auto,
-    /// The processor.
-    Cpu,
-    /// An NVIDIA GPU.
-    Cuda,
-    /// An AMD GPU: torch's cuda device on a ROCm build.
-    Hip,
-    /// An Apple GPU.
-    Mps,
+/// Where forwards run, for `--device`: a name, or one for each expert.
+///
+/// # Errors
+/// What is expected instead.
+pub fn devices(text: &str) -> Result<String, String> {
+    let is_device = |name: &str| {
+        let (kind, number) = name
+            .split_once(':')
+            .map_or((name, None), |(kind, n)| (kind, Some(n)));
+        let is_number = |n: &str| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit());
+        match kind {
+            "cuda" | "hip" => number.is_none_or(is_number),
+            "auto" | "cpu" | "mps" => number.is_none(),
+            _ => false,
+        }
+    };
+    if text.split(',').all(is_device) {
+        Ok(text.to_owned())
+    } else {
+        Err("give auto, cpu, cuda, hip or mps, cuda:1 or hip:1 for one of several, and commas between those of several experts".into())
+    }
 }
 
 /// Storage type of weights and KV caches.
@@ -200,9 +208,10 @@ pub struct RunArgs {
     /// What computes the forwards; mock needs no model and no Python, and its answers mean nothing.
     #[arg(long, value_enum, default_value_t = BackendKind::Python)]
     pub backend: BackendKind,
-    /// Where the forwards run.
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
-    pub device: Device,
+    /// Where the forwards run: auto (the first of cuda or hip, mps, cpu that is there), cpu, cuda, hip (an AMD GPU) or mps;
+    /// cuda:1 for one of several; cuda:0,cuda:1 for one for each expert.
+    #[arg(long, value_parser = devices, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
     /// Storage type of weights and KV caches.
     #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
     pub dtype: Dtype,
@@ -372,5 +381,35 @@ pub(crate) fn handoff(text: &str) -> Result<Handoff, String> {
         "text" => Ok(Handoff::Text),
         "kv" => Ok(Handoff::Kv),
         _ => Err("give transcript, text or kv".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_one_for_all_or_one_for_each() {
+        for text in [
+            "auto",
+            "cpu",
+            "mps",
+            "cuda",
+            "hip:0",
+            "cuda:0,cuda:12",
+            "cpu,cuda",
+        ] {
+            assert_eq!(devices(text).as_deref(), Ok(text));
+        }
+        for text in [
+            "", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cpu:0", "auto:0", "cpu,",
+            "cpu, cpu", "CPU",
+        ] {
+            let error = devices(text);
+            assert!(
+                error.is_err_and(|line| line.starts_with("give auto, cpu")),
+                "{text}"
+            );
+        }
     }
 }

@@ -12,7 +12,7 @@ use dlmom_runs::{Overrides, Pilot, Placement, REF, Registry, SoftMode};
 use dlmom_runtime::{Donors, check_config};
 use serde_json::json;
 
-use crate::args::{BackendKind, Device, Dtype, alpha_unit};
+use crate::args::{BackendKind, Dtype, alpha_unit, devices};
 use crate::host::{EngineSpec, Host};
 use crate::mock;
 use crate::pilot::{self, Surroundings, Wanted};
@@ -74,9 +74,10 @@ pub struct CalibrateArgs {
     /// What computes the forwards; mock needs no model and no Python, and its answers mean nothing.
     #[arg(long, value_enum, default_value_t = BackendKind::Python)]
     pub backend: BackendKind,
-    /// Where the forwards run.
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
-    pub device: Device,
+    /// Where the forwards run: auto (the first of cuda or hip, mps, cpu that is there), cpu, cuda, hip (an AMD GPU) or mps;
+    /// cuda:1 for one of several; cuda:0,cuda:1 for one for each expert.
+    #[arg(long, value_parser = devices, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
     /// Storage type of weights and KV caches.
     #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
     pub dtype: Dtype,
@@ -289,7 +290,7 @@ fn packets(
     let spec = EngineSpec {
         experts: models,
         agents,
-        device: args.device.name().into(),
+        device: args.device.clone(),
         dtype: args.dtype.name().into(),
         slots: args.batch_size,
         threads: args.threads,

@@ -16,7 +16,7 @@ use dlmom_runtime::{
     WireEncoding, check_config, run,
 };
 
-use crate::args::{Device, Dtype, GateWord, alpha_unit, encoding, handoff, support};
+use crate::args::{Dtype, GateWord, alpha_unit, devices, encoding, handoff, support};
 use crate::host::{EngineSpec, Host, HostError};
 use crate::prepare::{
     models_and_agents, positions, preset_topology, seat, setting, without_unknown,
@@ -70,9 +70,10 @@ pub struct GenerateArgs {
     /// Append the steps to FILE, one JSON line per answer, as in a run's traces/.
     #[arg(long, value_name = "FILE")]
     pub save_trace: Option<PathBuf>,
-    /// Where the forwards run.
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
-    pub device: Device,
+    /// Where the forwards run: auto (the first of cuda or hip, mps, cpu that is there), cpu, cuda, hip (an AMD GPU) or mps;
+    /// cuda:1 for one of several; cuda:0,cuda:1 for one for each expert.
+    #[arg(long, value_parser = devices, default_value = "auto", value_name = "DEVICE")]
+    pub device: String,
     /// Storage type of weights and KV caches.
     #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
     pub dtype: Dtype,
@@ -304,7 +305,7 @@ pub(crate) fn command(
     let spec = EngineSpec {
         experts: models,
         agents,
-        device: args.device.name().into(),
+        device: args.device.clone(),
         dtype: args.dtype.name().into(),
         slots: 1,
         threads: args.threads,

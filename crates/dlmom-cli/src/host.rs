@@ -40,7 +40,7 @@ pub struct EngineSpec {
     pub experts: Vec<String>,
     /// Model of every agent.
     pub agents: Vec<u32>,
-    /// `auto`, `cpu`, `cuda`, `hip` or `mps`.
+    /// `auto`, `cpu`, `cuda`, `hip` or `mps`, `cuda:1`; for one for each model, commas between.
     pub device: String,
     /// `bf16`, `fp16` or `fp32`.
     pub dtype: String,

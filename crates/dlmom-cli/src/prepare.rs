@@ -22,7 +22,7 @@ use dlmom_runtime::{
 };
 use serde_json::{Value, json};
 
-use crate::args::{BatchSize, Device, Dtype, RunArgs};
+use crate::args::{BatchSize, Dtype, RunArgs};
 use crate::host::{EngineSpec, Host};
 use crate::mock;
 use crate::pilot;
@@ -52,18 +52,6 @@ pub(crate) fn now() -> f64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0.0, |d| d.as_secs_f64())
-}
-
-impl Device {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Cpu => "cpu",
-            Self::Cuda => "cuda",
-            Self::Hip => "hip",
-            Self::Mps => "mps",
-        }
-    }
 }
 
 impl Dtype {
@@ -346,7 +334,7 @@ pub(crate) fn prepare(
     let spec = EngineSpec {
         experts: models,
         agents,
-        device: args.device.name().into(),
+        device: args.device.clone(),
         dtype: args.dtype.name().into(),
         slots: match args.batch_size {
             BatchSize::Rows(rows) => rows,

@@ -97,7 +97,7 @@ def _bare(engine: Any, rows: int, k: int) -> Callable[[], object]:
                     lanes.lengths[slot] = PROMPT
             for _ in range(LONG - SHORT):
                 for lanes, (ids, probs) in zip(engine._lanes, packets, strict=True):
-                    x = embed(lanes.expert.embeddings, ids, probs, engine._device)
+                    x = embed(lanes.expert.embeddings, ids, probs, lanes.device)
                     lanes.step(slots, x)
             for lanes in engine._lanes:
                 for slot in slots:

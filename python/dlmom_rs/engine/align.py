@@ -40,7 +40,8 @@ class Aligner:
     def norm(self) -> Tensor:
         """The mean norm of the input embeddings, a scalar."""
         if self._norm is None:
-            parts = [self._tables(s)[0].norm(dim=1).sum() for s in range(0, self._vocab, ROWS)]
+            tables = (self._tables(start)[0] for start in range(0, self._vocab, ROWS))
+            parts = [torch.linalg.vector_norm(table, dim=1).sum() for table in tables]
             self._norm = torch.stack(parts).sum() / self._vocab
         return self._norm
 
@@ -73,5 +74,5 @@ class Aligner:
             row = state.to(norm.dtype)[None]
             if ridge:
                 row = row @ self.ridge
-            rows.append(row * (norm / row.norm().clamp_min(1e-6)))
+            rows.append(row * (norm / torch.linalg.vector_norm(row).clamp_min(1e-6)))
         return torch.cat(rows).to(states.dtype)

@@ -21,7 +21,7 @@ from .cache import BUCKET, padded_rows
 from .device import (
     device_bytes,
     out_of_memory,
-    parse_device,
+    parse_devices,
     parse_dtype,
     peak_rss_bytes,
     physical_cores,
@@ -62,14 +62,15 @@ class Engine:
         experts: list[Expert],
         agents: list[int],
         *,
-        device: torch.device,
         device_name: str,
         slots: int,
         max_len: int,
     ) -> None:
         self._experts = experts
         self._agents = agents
-        self._device = device
+        #: Where consensus runs, unless it runs on the host.
+        self._home = experts[0].device
+        self._places = {expert.device for expert in experts}
         self._device_name = device_name
         self._slots = slots
         self._max_len = max_len
@@ -84,7 +85,7 @@ class Engine:
         #: Reads rows on the device; None where all logits go to the host.
         self._reader: Reader | None = None
         #: Makes what one agent's steps are captured with; None where nothing is captured.
-        self._graphs: Callable[[], Callable[[], Graph]] | None = None
+        self._graphs: Callable[[torch.device], Callable[[], Graph]] | None = None
         #: Spans that may be copied, by model; those of agents of one model are the same.
         self._prompts: list[Prompts] = []
         # Entered at every step; making one anew costs more than entering it.
@@ -110,13 +111,15 @@ class Engine:
         """Load the models, choose each one's path, and test it.
 
         ``experts`` are model sources (folder, hub id, ``zoo:NAME``); ``agents[a]`` is the model of
-        agent ``a``. ``slots`` is the number of rows wanted, padded (to a multiple of 8, in float32
-        to 16 at least) where bits must not depend on it; ``max_len`` is the longest lane in
-        positions. ``threads`` None means the physical cores. ``fast`` gives bit invariance up;
-        ``deterministic`` asks for it on devices. ``kernel`` is what consensus runs on: ``rust`` on
-        the host, ``torch`` or ``triton`` where the logits are, or ``auto`` (None), see
-        :func:`.reads.choose`. ``graphs`` captures the forwards of steps and replays them, on CUDA
-        and HIP; where a model's steps cannot be captured, a warning says why and they are launched.
+        agent ``a``. ``device`` is one name for all, or one for each model, between commas: models
+        of one device run one after the other, those of several at the same time. ``slots`` is the
+        number of rows wanted, padded (to a multiple of 8, in float32 to 16 at least) where bits
+        must not depend on it; ``max_len`` is the longest lane in positions. ``threads`` None means
+        the physical cores. ``fast`` gives bit invariance up; ``deterministic`` asks for it on
+        devices. ``kernel`` is what consensus runs on: ``rust`` on the host, ``torch`` or ``triton``
+        on the first model's device, or ``auto`` (None), see :func:`.reads.choose`. ``graphs``
+        captures the forwards of steps and replays them, on CUDA and HIP; where a model's steps
+        cannot be captured, a warning says why and they are launched.
 
         Raises ModelError for anything wrong with a model, device, dtype or kernel, WeightsError for
         NaN or Inf weights, ValueError for other arguments.
@@ -131,31 +134,30 @@ class Engine:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be positive, not {threads}")
         torch_dtype = parse_dtype(dtype)
-        torch_device, device_name = parse_device(device)
+        devices, device_name = parse_devices(device, len(experts))
         torch.set_num_threads(threads or physical_cores())
-        on_cpu = torch_device.type == "cpu"
-        if graphs and torch_device.type != "cuda":
+        on_cpu = all(place.type == "cpu" for place in devices)
+        if graphs and any(place.type != "cuda" for place in devices):
             raise ModelError(f"steps cannot be captured on {device_name}: graphs need CUDA or HIP")
         invariant = not fast and (on_cpu or deterministic)
         if invariant and not on_cpu:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        reader = choose(kernel, torch_device, torch_dtype)
+        reader = choose(kernel, devices[0], torch_dtype)
         loaded = [
             load_expert(
                 source,
-                device=torch_device,
+                device=place,
                 dtype=torch_dtype,
                 trust_remote_code=trust_remote_code,
                 attn=attn,
-                blocks=on_cpu,
+                blocks=place.type == "cpu",
             )
-            for source in experts
+            for source, place in zip(experts, devices, strict=True)
         ]
         engine = Engine(
             loaded,
             list(agents),
-            device=torch_device,
             device_name=device_name,
             slots=slots,
             max_len=max_len,
@@ -237,23 +239,25 @@ class Engine:
                     lanes.min_bucket = template.min_bucket
                     lanes.widths = template.widths
                     if template.graphs is not None and self._graphs is not None:
-                        lanes.graphs = self._graphs()
+                        lanes.graphs = self._graphs(lanes.device)
             taken.add(model)
             self._lanes.append(lanes)
 
-    def _capture(self, templates: list[Lanes], graphs: Callable[[], Callable[[], Graph]]) -> None:
+    def _capture(
+        self, templates: list[Lanes], graphs: Callable[[torch.device], Callable[[], Graph]]
+    ) -> None:
         """Let the lanes whose steps can be captured do so; a warning names the others."""
         for expert, lanes in zip(self._experts, templates, strict=True):
             reason: str | None = "its rows are forwarded one at a time"
             if isinstance(lanes, RowSlotLanes):
-                reason = graphs_failure(expert, lanes, graphs())
+                reason = graphs_failure(expert, lanes, graphs(expert.device))
             if reason is not None:
                 warnings.warn(f"{expert.name}: steps are not captured: {reason}", stacklevel=4)
 
     def _make(self, expert: Expert, row_slot: bool) -> Lanes:
         if not row_slot:
-            return PerRowLanes(expert, self._slots, self._device)
-        return RowSlotLanes(expert, self._slots, self._capacity(expert), self._device)
+            return PerRowLanes(expert, self._slots, expert.device)
+        return RowSlotLanes(expert, self._slots, self._capacity(expert), expert.device)
 
     def _capacity(self, expert: Expert) -> int:
         """The longest lane of a model: what was asked for, within its context."""
@@ -390,10 +394,10 @@ class Engine:
         ``copied_positions`` are those of prompts that were copied from an earlier forward of the
         same tokens, since lanes were last reserved.
         """
-        now, peak = device_bytes(self._device)
+        used = [device_bytes(place) for place in self._places]
         return {
-            "device_bytes": now,
-            "peak_device_bytes": peak,
+            "device_bytes": sum(now for now, _ in used),
+            "peak_device_bytes": sum(peak for _, peak in used),
             "peak_rss_bytes": peak_rss_bytes(),
             "kv_bytes": sum(held.nbytes() for held in self._lanes)
             + sum(prompts.nbytes for prompts in self._prompts),
@@ -450,14 +454,17 @@ class Engine:
         saved = [(call, self._lanes[call.agent].save()) for call in parsed]
         with self._frozen:
             try:
-                # Every agent's forward is launched before anything waits for one.
-                launched = [self._forward(call) for call in parsed]
+                # Every agent's forward is launched before anything waits for one. On a CPU a launch
+                # is the work itself: beside devices, those come last.
+                order = parsed if len(self._places) == 1 else sorted(parsed, key=self._on_cpu)
+                ran = {call.agent: self._forward(call) for call in order}
+                launched = [ran[call.agent] for call in parsed]
                 answers: list[Answer] | None = [
                     self._leaving(call, found, staying, kept)
                     for call, found in zip(parsed, launched, strict=True)
                 ]
                 if reader is not None and reads is not None:
-                    readouts = reader.read(reads, kept, self._device)
+                    readouts = reader.read(reads, kept, self._home)
             except BaseException as error:
                 for call, lengths in saved:
                     self._lanes[call.agent].restore(lengths, call.slots())
@@ -476,6 +483,9 @@ class Engine:
                 held.update(found.states)
         return answers if reads is None else (answers, readouts)
 
+    def _on_cpu(self, call: Call) -> bool:
+        return self._lanes[call.agent].device.type == "cpu"
+
     def _forward(self, call: Call) -> Launched:
         """One agent's logits where its forwards leave them, and the hidden states it is to keep."""
         lanes = self._lanes[call.agent]
@@ -490,7 +500,7 @@ class Engine:
                 else:
                     x = self._inputs(expert, call.step)
                     for rows, values in call.payloads:
-                        at = there(torch.tensor(rows, dtype=torch.int64), self._device)
+                        at = there(torch.tensor(rows, dtype=torch.int64), expert.device)
                         x = x.index_copy(0, at, self._inputs(expert, values))
                     step = lanes.step(call.step_slots, x)
                 if lanes.fed:
@@ -592,10 +602,10 @@ class Engine:
     def _inputs(self, expert: Expert, feed: Entries | Values) -> Tensor:
         """Input embeddings [n, hidden] of packets or of messages that are none."""
         if isinstance(feed, Entries):
-            return embed(expert.embeddings, feed.ids, feed.probs, self._device)
+            return embed(expert.embeddings, feed.ids, feed.probs, expert.device)
         if feed.kind == "dense":
-            return embed_dense(expert.embeddings, feed.values, self._device)
-        return there(torch.from_numpy(feed.values), self._device).to(expert.dtype)
+            return embed_dense(expert.embeddings, feed.values, expert.device)
+        return there(torch.from_numpy(feed.values), expert.device).to(expert.dtype)
 
     def embed_packets(
         self, model: int, ids: bytearray, probs: bytearray, n: int, k: int
@@ -608,7 +618,7 @@ class Engine:
         expert = self._expert(model)
         entries = read_entries(ids, probs, n, k, expert.vocabulary.size)
         with torch.inference_mode():
-            x = embed(expert.embeddings, entries.ids, entries.probs, self._device)
+            x = embed(expert.embeddings, entries.ids, entries.probs, expert.device)
             values = x.to(device="cpu", dtype=torch.float32).numpy()
         return values.astype("<f4").tobytes(), values.shape[1]
 

@@ -25,9 +25,13 @@ def parse_device(name: str) -> tuple[torch.device, str]:
     """The torch device of a name and the name to report; ModelError where it is not there.
 
     ``hip`` is torch's ``cuda`` device on a ROCm build. ``auto`` prefers cuda, then mps, then cpu.
+    ``cuda:1`` and ``hip:1`` name one of several; without a number it is torch's current one.
     """
-    if name not in DEVICES:
-        raise ModelError(f"unknown device {name!r}: expected one of {', '.join(DEVICES)}")
+    name, colon, number = name.partition(":")
+    numbered = name in ("cuda", "hip") and number.isdecimal()
+    if name not in DEVICES or (colon and not numbered):
+        known = f"{', '.join(DEVICES)}, with a number as in cuda:1 for one of several GPUs"
+        raise ModelError(f"unknown device {name + colon + number!r}: expected one of {known}")
     rocm = torch.version.hip is not None
     if name == "auto":
         if torch.cuda.is_available():
@@ -39,10 +43,30 @@ def parse_device(name: str) -> tuple[torch.device, str]:
     if name in ("cuda", "hip"):
         if not torch.cuda.is_available():
             raise ModelError(f"device {name!r} is not available: torch sees no GPU")
-        return torch.device("cuda", torch.cuda.current_device()), "hip" if rocm else "cuda"
+        index = int(number) if number else torch.cuda.current_device()
+        if index >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ModelError(f"device {name}:{index} is not available: torch sees {count} GPUs")
+        return torch.device("cuda", index), ("hip" if rocm else "cuda") + colon + number
     if name == "mps" and not torch.backends.mps.is_available():
         raise ModelError("device 'mps' is not available on this machine")
     return torch.device(name), name
+
+
+def parse_devices(names: str, count: int) -> tuple[list[torch.device], str]:
+    """The devices of ``count`` models and the name to report; see :func:`parse_device`.
+
+    One name for all, or as many as there are models, in their order, between commas.
+    """
+    found = [parse_device(name.strip()) for name in names.split(",")]
+    if len(found) not in (1, count):
+        raise ModelError(
+            f"device: {len(found)} devices for {count} models; name one, or one for each"
+        )
+    devices = [device for device, _ in found]
+    if len(set(devices)) == 1:
+        return devices[:1] * count, found[0][1]
+    return devices, ", ".join(name for _, name in found)
 
 
 def physical_cores() -> int:

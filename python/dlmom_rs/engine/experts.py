@@ -40,6 +40,7 @@ class Expert:
     family: Family
     attention: str
     dtype: torch.dtype
+    device: torch.device
     rows: int
     hidden: int
     context: int | None
@@ -373,6 +374,7 @@ def load_expert(
         family=family,
         attention=attention,
         dtype=dtype,
+        device=device,
         rows=int(table.shape[0]),
         hidden=int(table.shape[1]),
         context=context_length(text_config),

@@ -26,29 +26,33 @@ class Graph(Protocol):
 class CudaGraph:
     """``torch.cuda.CUDAGraph``, on HIP as well; graphs that share a ``pool`` never overlap."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, device: torch.device) -> None:
         self._pool = pool
+        self._device = device
         self._graph = torch.cuda.CUDAGraph()
         self._output: Tensor | None = None
 
     def capture(self, work: Callable[[], Tensor]) -> None:
-        # Outside of the capture first: libraries pick kernels and workspaces in their first calls.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                work()
-        torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._output = work()
+        # Streams and graphs are those of the current device.
+        with torch.cuda.device(self._device):
+            # Outside of the capture first: libraries pick kernels and workspaces in first calls.
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    work()
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._output = work()
 
     def replay(self) -> Tensor:
         assert self._output is not None
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         return self._output
 
 
-def cuda_graphs() -> Callable[[], Graph]:
+def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
     """Makes graphs of one agent's steps, which share their memory: only one of them runs."""
     pool = torch.cuda.graph_pool_handle()
-    return lambda: CudaGraph(pool)
+    return lambda: CudaGraph(pool, device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -58,22 +59,25 @@ class Reader:
     ) -> list[RawReadout]:
         """Read rows out of the agents' logits. Everything is launched before the host waits.
 
-        ValueError and TypeError as of the ``consensus`` function.
+        Logits that are elsewhere are copied to ``device``. ValueError and TypeError as of the
+        ``consensus`` function.
         """
         readouts = []
-        for slots, agents, operator, theta, eps, k, role, targets in reads:
-            readouts.append(
-                self.consensus(
-                    [logits[agent].of(slots) for agent in agents],
-                    operator,
-                    k=k,
-                    theta=theta,
-                    eps=eps,
-                    role=_on(device, role) if role else None,
-                    targets=_rectangle(targets, device),
+        # Triton launches on the current device, whatever its arguments are on.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for slots, agents, operator, theta, eps, k, role, targets in reads:
+                readouts.append(
+                    self.consensus(
+                        [logits[agent].of(slots).to(device, non_blocking=True) for agent in agents],
+                        operator,
+                        k=k,
+                        theta=theta,
+                        eps=eps,
+                        role=_on(device, role) if role else None,
+                        targets=_rectangle(targets, device),
+                    )
                 )
-            )
-        return [_packed(readout) for readout in readouts]
+            return [_packed(readout) for readout in readouts]
 
 
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Reader | None:
