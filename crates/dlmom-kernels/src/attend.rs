@@ -254,32 +254,11 @@ fn dots(query: &[f32], rows: &[f32], stride: usize, out: &mut [f32]) {
                 sums[lane] += a[lane] * b[lane];
             }
         }
-        // Where products and the tree that adds them are one expression, the compiler makes scalars of both.
         *out = folded(sums) + product_of_rest(rest, &row[whole..]);
     }
 }
 
 /// The sum of lanes, halving.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn folded(lanes: [f32; LANES]) -> f32 {
-    use std::arch::x86_64::{
-        _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_movehl_ps, _mm_set_ps, _mm_shuffle_ps,
-    };
-    // The compiler makes scalars of such a tree, and of the products before it.
-    // SAFETY: every x86-64 has SSE.
-    #[expect(unsafe_code, reason = "instructions of the target's baseline")]
-    unsafe {
-        let four = |at: usize| _mm_set_ps(lanes[at + 3], lanes[at + 2], lanes[at + 1], lanes[at]);
-        let (low, high) = (_mm_add_ps(four(0), four(8)), _mm_add_ps(four(4), four(12)));
-        let four = _mm_add_ps(low, high);
-        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
-    }
-}
-
-/// The sum of lanes, halving.
-#[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
 fn folded(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES;
