@@ -201,7 +201,7 @@ def test_consensus_is_on_the_first_models_device(
     assert engine.info()["consensus_kernel"] == "torch"
     assert engine._home == torch.device("maia", int(kinds[6]))
     waited = []
-    forward, packed = Engine._forward, backend.Reader.read
+    forward, packed = Engine._forward, backend.Reader.launch
 
     def noted(self: Any, *args: Any) -> Any:
         waited.append(len(launched))
@@ -214,7 +214,7 @@ def test_consensus_is_on_the_first_models_device(
         return forward(self, call)
 
     monkeypatch.setattr(Engine, "_forward", counted)
-    monkeypatch.setattr(backend.Reader, "read", noted)
+    monkeypatch.setattr(backend.Reader, "launch", noted)
     assert read(engine) == want
     # Both agents' steps before anything is read.
     assert waited == [6]

@@ -26,7 +26,18 @@ from transformers import (
 from dlmom_rs.engine.backend import Engine
 from dlmom_rs.engine.errors import ModelError
 from dlmom_rs.engine.lanes import Given, RowSlotLanes
-from dlmom_rs.engine.testing import Packet, advance, load, prefill, printed, save_model
+from dlmom_rs.engine.reads import RawRead
+from dlmom_rs.engine.testing import (
+    Packet,
+    advance,
+    load,
+    prefill,
+    printed,
+    save_model,
+    span,
+    step,
+)
+from dlmom_rs.kernels.readout import Readout
 
 SIZES: dict[str, Any] = {
     "vocab_size": 272,
@@ -164,35 +175,125 @@ def test_all_of_a_step_is_one_graph(tmp_path: Path) -> None:
     """Soft embedding, mask and forward: outside of the graph only views of its result are made."""
     engine = load(save_model(tmp_path / "model", FAMILIES["qwen2"]), max_len=150, attn="sdpa")
     capture(engine)
-    launched: list[str] = []
-
-    class Launches(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            launched.append(op.overloadpacket.__name__)
-            return op(*args, **(kwargs or {}))
-
     rows: dict[int, Packet] = {slot: [(slot, 0.5), (7, 0.5)] for slot in range(4)}
     engine.open([(slot, 0, 100) for slot in rows])
     for slot in rows:
         prefill(engine, slot, printed([1, 2, slot]))
     advance(engine, rows)
-    with Launches():
+    with Launches() as launches:
         mixed = advance(engine, rows)
-    assert set(launched) <= {"view", "slice", "alias", "detach", "unbind"}
-    launched.clear()
+    assert set(launches.names) <= {"view", "slice", "alias", "detach", "unbind"}
     engine._graphs = None
     engine.reserve(8, 150)
     engine.open([(slot, 0, 100) for slot in rows])
     for slot in rows:
         prefill(engine, slot, printed([1, 2, slot]))
     advance(engine, rows)
-    with Launches():
+    with Launches() as launches:
         again = advance(engine, rows)
-    assert "embedding" in launched
-    assert len(launched) > 50
+    assert "embedding" in launches.names
+    assert len(launches.names) > 50
     assert all(torch.equal(mixed[slot], again[slot]) for slot in rows)
+
+
+class Launches(TorchDispatchMode):
+    """Notes the operators that are launched, outside of graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+def reads_story(engine: Engine) -> tuple[list[Any], list[str]]:
+    """Steps of two agents whose rows are read where they are: all of them, some, in another order,
+    by other operators, one agent's alone, with targets, with one prompt among them; what was read,
+    and what was launched besides graphs where all was captured before."""
+    found: list[Any] = []
+    engine.open([(slot, agent, 100) for slot in range(4) for agent in (0, 1)])
+    for slot in range(4):
+        for agent in (0, 1):
+            prefill(engine, slot, printed([1, 2, slot]), agent)
+
+    def go(slots: list[int], reads: list[RawRead], prompt: int | None = None) -> None:
+        steps = step({slot: [(slot + 1, 0.5), (7, 0.5)] for slot in slots})
+        spans = [] if prompt is None else [span(prompt, printed([3, 4]))]
+        answers, readouts = engine.advance([(a, spans, steps, []) for a in (0, 1)], reads)
+        for of_spans, of_steps in answers:
+            found.extend(x.clone() for x in (of_spans, of_steps) if x is not None)
+        found.append(readouts)
+
+    def read(slots: list[int], *, agents: tuple[int, ...] = (0, 1), **options: Any) -> RawRead:
+        targets = options.get("targets", [[]] * len(slots))
+        role = options.get("role", [257, 258])
+        operator = options.get("operator", "ties")
+        return (slots, list(agents), operator, 0.1, 1e-6, options.get("k", 8), role, targets)
+
+    for _ in range(3):
+        go([0, 1, 2, 3], [read([0, 1, 2, 3])])
+        go([0, 1, 2, 3], [read([3, 1])])
+        go([1, 3], [read([3]), read([1], operator="mean", k=5, role=[])])
+        go([0, 2], [read([2, 0], agents=(1,))])
+    go([0, 1], [read([0, 1], targets=[[5], [6, 7]])])
+    go([0, 1], [read([0, 2, 1])], prompt=2)
+    with Launches() as launches:
+        go([0, 1, 2, 3], [read([3, 1]), read([0, 2], operator="mean", k=5, role=[])])
+    engine.close(list(range(4)))
+    return found, launches.names
+
+
+def test_reads_of_captured_steps_are_captured(tmp_path: Path) -> None:
+    folders = [
+        save_model(tmp_path / name, FAMILIES["qwen2"], seed=seed)
+        for seed, name in enumerate(("one", "other"))
+    ]
+    engine = load(*folders, max_len=150, attn="sdpa", kernel="torch")
+    launched, many = reads_story(engine)
+    assert "exp" in many
+    capture(engine)
+    replayed, few = reads_story(engine)
+    assert len(launched) == len(replayed)
+    for a, b in zip(launched, replayed, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    # Views, the copy to the host, and what becomes of it there.
+    views = {"view", "slice", "alias", "detach", "unbind"}
+    host = {"_to_copy", "to", "index", "lift_fresh", "resolve_conj", "resolve_neg"}
+    assert set(few) <= views | host
+    reads = engine._captured_reads
+    assert reads is not None
+    # One for each operator, k, role and place of logits.
+    made = len(reads._captured)
+    reads_story(engine)
+    assert len(reads._captured) == made
+
+
+def test_reads_that_cannot_be_captured_are_launched_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path / "model", FAMILIES["qwen2"])
+    engine = load(folder, agents=[0, 0], max_len=150, attn="sdpa", kernel="torch")
+    launched, _ = reads_story(engine)
+    flat = Readout.flat
+
+    def waits(self: Readout) -> Tensor:
+        assert int(self.ids.sum()) >= 0
+        return flat(self)
+
+    def stale(self: Readout) -> Tensor:
+        return torch.from_numpy(flat(self).numpy().copy())
+
+    for broken, reason in ((waits, "waits for a value"), (stale, "differs from a launched one")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Readout, "flat", broken)
+            with pytest.warns(UserWarning, match=f"consensus is not captured: .*{reason}"):
+                capture(engine)
+        assert engine.info()["graphs"] is True
+        assert engine._captured_reads is None
+        for a, b in zip(launched, reads_story(engine)[0], strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def test_a_step_that_keeps_hidden_states_is_launched(tmp_path: Path) -> None:

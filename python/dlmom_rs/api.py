@@ -144,8 +144,8 @@ class DeepLatentMoM:
         ``kernel`` is what consensus runs on: ``rust`` on the host, ``torch`` or ``triton`` where
         the logits are; without one, ``rust`` on CPUs and MPS, and on CUDA and HIP the fastest that
         runs. ``info["consensus_kernel"]`` says which; :meth:`run` has its own. ``graphs`` captures
-        the forwards of steps and replays them on CUDA and HIP; ``info["graphs"]`` says whether they
-        are. It has been tested without a GPU only.
+        steps and replays them on CUDA and HIP; ``info["graphs"]`` says whether they are. It has
+        been tested without a GPU only.
 
         Raises ``ModelError`` for a folder, device, dtype or kernel that cannot be used and
         ``WeightsError`` for NaN or Inf weights.

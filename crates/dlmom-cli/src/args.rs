@@ -293,7 +293,7 @@ pub struct RunArgs {
     /// there, else rust].
     #[arg(long, value_parser = ["rust", "torch", "triton"], value_name = "rust|torch|triton")]
     pub kernel: Option<String>,
-    /// Capture the forwards of steps and replay them, on a GPU (not yet measured on any).
+    /// Capture steps, from packets to readouts, and replay them, on a GPU (not yet measured on any).
     #[arg(long)]
     pub graphs: bool,
     /// Allow a model folder to run its own Python code.

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -34,7 +35,7 @@ from .graphs import Graph, cuda_graphs
 from .lanes import Lanes, PerRowLanes, RowSlotLanes
 from .packets import NOBODY, Call, Entries, RawCall, Values, read_call, read_entries
 from .prompts import Prompts, tokens
-from .reads import Logits, RawRead, RawReadout, Reader, check_reads, choose
+from .reads import CapturedReads, Logits, RawRead, RawReadout, Reader, check_reads, choose
 from .selftest import graphs_failure, invariance_failure, reference_failure, widths
 
 #: One agent's logits on the host: (span_logits [spans, V], step_logits [rows, V]), None for none.
@@ -86,6 +87,8 @@ class Engine:
         self._reader: Reader | None = None
         #: Makes what one agent's steps are captured with; None where nothing is captured.
         self._graphs: Callable[[torch.device], Callable[[], Graph]] | None = None
+        #: Reads captured steps where they are; None where nothing is captured or read here.
+        self._captured_reads: CapturedReads | None = None
         #: Spans that may be copied, by model; those of agents of one model are the same.
         self._prompts: list[Prompts] = []
         # Entered at every step; making one anew costs more than entering it.
@@ -118,8 +121,8 @@ class Engine:
         the physical cores. ``fast`` gives bit invariance up; ``deterministic`` asks for it on
         devices. ``kernel`` is what consensus runs on: ``rust`` on the host, ``torch`` or ``triton``
         on the first model's device, or ``auto`` (None), see :func:`.reads.choose`. ``graphs``
-        captures the forwards of steps and replays them, on CUDA and HIP; where a model's steps
-        cannot be captured, a warning says why and they are launched.
+        captures steps, from packets to logits, and the consensus of captured steps, and replays
+        them, on CUDA and HIP; where that cannot be, a warning says why and they are launched.
 
         Raises ModelError for anything wrong with a model, device, dtype or kernel, WeightsError for
         NaN or Inf weights, ValueError for other arguments.
@@ -188,6 +191,7 @@ class Engine:
         # Freed before the new ones are allocated.
         self._lanes = []
         self._prompts = []
+        self._captured_reads = None
         with torch.inference_mode():
             try:
                 self._prepare(self._invariant)
@@ -253,6 +257,34 @@ class Engine:
                 reason = graphs_failure(expert, lanes, graphs(expert.device))
             if reason is not None:
                 warnings.warn(f"{expert.name}: steps are not captured: {reason}", stacklevel=4)
+        if self._reader is not None:
+            self._captured_reads = self._try_reads(self._reader, graphs(self._home))
+
+    def _try_reads(self, reader: Reader, make: Callable[[], Graph]) -> CapturedReads | None:
+        """Reads that are captured, tried on made-up logits; a warning where they cannot be."""
+        draws = torch.Generator().manual_seed(0)
+        vocab = self._experts[0].vocabulary.size
+        logits = torch.randn(2, self._slots, vocab, generator=draws)
+        first, second = there(logits, self._home).to(self._experts[0].dtype)
+        slots = list(range(0, self._slots, 2))
+        read: RawRead = (slots, [0, 1], "ties", 0.1, 1e-6, min(8, vocab), [], [[]] * len(slots))
+        launched = {agent: Logits() for agent in (0, 1)}
+        captured = CapturedReads(reader, make, self._home)
+        try:
+            # Twice, of other logits the second time: a capture must not hold on to the first.
+            for _ in range(2):
+                for agent, rows in ((0, first), (1, second)):
+                    launched[agent].add(range(self._slots), rows)
+                want = reader.launch(read, launched, self._home)()
+                if captured.launch(read, [first, second])() != want:
+                    raise RuntimeError("a replayed read differs from a launched one")
+                first.copy_(second.flip(0).clone())
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            warnings.warn(f"consensus is not captured: {one_line(error)}", stacklevel=5)
+            return None
+        return CapturedReads(reader, make, self._home)
 
     def _make(self, expert: Expert, row_slot: bool) -> Lanes:
         if not row_slot:
@@ -464,7 +496,7 @@ class Engine:
                     for call, found in zip(parsed, launched, strict=True)
                 ]
                 if reader is not None and reads is not None:
-                    readouts = reader.read(reads, kept, self._home)
+                    readouts = self._read(reader, reads, parsed, kept)
             except BaseException as error:
                 for call, lengths in saved:
                     self._lanes[call.agent].restore(lengths, call.slots())
@@ -482,6 +514,40 @@ class Engine:
             if found.states:
                 held.update(found.states)
         return answers if reads is None else (answers, readouts)
+
+    def _read(
+        self,
+        reader: Reader,
+        reads: Sequence[RawRead],
+        calls: Sequence[Call],
+        kept: dict[int, Logits],
+    ) -> list[RawReadout]:
+        """Read rows where they are. Everything is launched before the host waits."""
+        stepping = {call.agent: frozenset(call.step_slots) for call in calls}
+        # Triton launches on the current device, whatever its arguments are on.
+        with torch.cuda.device(self._home) if self._home.type == "cuda" else nullcontext():
+            waiting = []
+            for read in reads:
+                outputs = self._replayed(read, stepping)
+                if outputs is None or self._captured_reads is None:
+                    waiting.append(reader.launch(read, kept, self._home))
+                else:
+                    waiting.append(self._captured_reads.launch(read, outputs))
+            return [wait() for wait in waiting]
+
+    def _replayed(self, read: RawRead, stepping: dict[int, frozenset[int]]) -> list[Tensor] | None:
+        """The graphs' logits [slots, V] of a read's agents, where all its rows are among them."""
+        slots, agents, *_, targets = read
+        if any(targets):
+            return None
+        found = []
+        for agent in agents:
+            lanes = self._lanes[agent]
+            held = lanes.replayed if isinstance(lanes, RowSlotLanes) else None
+            if held is None or lanes.device != self._home or not stepping[agent].issuperset(slots):
+                return None
+            found.append(held[:, : lanes.expert.vocabulary.size])
+        return found
 
     def _on_cpu(self, call: Call) -> bool:
         return self._lanes[call.agent].device.type == "cpu"

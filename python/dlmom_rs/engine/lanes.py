@@ -305,6 +305,8 @@ class RowSlotLanes(Lanes):
         self.graphs: Callable[[], Graph] | None = None
         #: By visible length and entries of a packet.
         self._captured: dict[tuple[int, int], Graph] = {}
+        #: Logits [slots, head rows] of the last step, if a graph left them.
+        self.replayed: Tensor | None = None
 
     def row(self, slot: int) -> int:
         """The row of a slot's lane."""
@@ -401,6 +403,7 @@ class RowSlotLanes(Lanes):
         longest = int(lengths.max()) + 1
         self._written[where] = np.maximum(self._written[where], lengths + 1)
         bucket = min(plan.capacity, max(self.min_bucket, round_up(longest, BUCKET)))
+        self.replayed = None
         # Hidden states are noted by a hook, which a replay does not call.
         if self.graphs is None or self.expert.captured is not None:
             logits = self._forward(given, inputs(given), bucket, places.width)
@@ -410,7 +413,7 @@ class RowSlotLanes(Lanes):
                 graph = self.graphs()
                 graph.capture(lambda: self._forward(given, inputs(given), bucket, self.slots))
                 self._captured[bucket, k] = graph
-            logits = graph.replay()
+            logits = self.replayed = graph.replay()
         self.lengths[at] = lengths + 1
         if self._room is not None:
             self._room -= 1

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from dlmom_rs.kernels.readout import Readout
 from .device import there
 from .errors import ModelError
 from .experts import one_line
+from .graphs import Graph
 from .packets import Call
 
 #: Names that :func:`choose` takes.
@@ -54,30 +55,70 @@ class Reader:
     name: str
     consensus: Callable[..., Readout]
 
-    def read(
-        self, reads: Sequence[RawRead], logits: dict[int, Logits], device: torch.device
-    ) -> list[RawReadout]:
-        """Read rows out of the agents' logits. Everything is launched before the host waits.
+    def launch(
+        self, read: RawRead, logits: dict[int, Logits], device: torch.device
+    ) -> Callable[[], RawReadout]:
+        """Launch a read of the agents' logits; what waits for it.
 
         Logits that are elsewhere are copied to ``device``. ValueError and TypeError as of the
         ``consensus`` function.
         """
-        readouts = []
-        # Triton launches on the current device, whatever its arguments are on.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            for slots, agents, operator, theta, eps, k, role, targets in reads:
-                readouts.append(
-                    self.consensus(
-                        [logits[agent].of(slots).to(device, non_blocking=True) for agent in agents],
-                        operator,
-                        k=k,
-                        theta=theta,
-                        eps=eps,
-                        role=_on(device, role) if role else None,
-                        targets=_rectangle(targets, device),
-                    )
+        slots, agents, operator, theta, eps, k, role, targets = read
+        readout = self.consensus(
+            [logits[agent].of(slots).to(device, non_blocking=True) for agent in agents],
+            operator,
+            k=k,
+            theta=theta,
+            eps=eps,
+            role=_on(device, role) if role else None,
+            targets=_rectangle(targets, device),
+        )
+        return lambda: _packed(readout.to_host())
+
+
+class CapturedReads:
+    """Reads of captured steps, captured themselves: consensus of all rows where graphs leave them.
+
+    Rows of slots that are not asked for are read as well and left out: the launches of a few rows
+    are those of all.
+    """
+
+    def __init__(self, reader: Reader, graphs: Callable[[], Graph], device: torch.device) -> None:
+        self._reader = reader
+        self._graphs = graphs
+        self._device = device
+        self._captured: dict[Any, tuple[Graph, Readout, list[Tensor]]] = {}
+
+    def launch(self, read: RawRead, outputs: list[Tensor]) -> Callable[[], RawReadout]:
+        """:meth:`Reader.launch` of rows without targets, of outputs [slots, V] of graphs."""
+        slots, _, operator, theta, eps, k, role, _ = read
+        places = tuple((output.data_ptr(), *output.shape) for output in outputs)
+        key = (operator, theta, eps, k, tuple(role), places)
+        held = self._captured.get(key)
+        if held is None:
+            # Kept for as long as the graph, which knows nothing but where they are.
+            kept = [*outputs, *([_on(self._device, role)] if role else [])]
+            made: list[Readout] = []
+
+            def work() -> Tensor:
+                of_role = kept[-1] if role else None
+                readout = self._reader.consensus(
+                    outputs, operator, k=k, theta=theta, eps=eps, role=of_role
                 )
-            return [_packed(readout) for readout in readouts]
+                made.append(readout)
+                return readout.flat()
+
+            graph = self._graphs()
+            graph.capture(work)
+            held = self._captured[key] = (graph, made[-1], kept)
+        graph, shapes, _ = held
+        flat = graph.replay()
+
+        def wait() -> RawReadout:
+            host = shapes.opened(flat.cpu())
+            return _packed(replace(host, **{name: getattr(host, name)[slots] for name in FIELDS}))
+
+        return wait
 
 
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Reader | None:
@@ -168,8 +209,7 @@ def _on(device: torch.device, ids: list[int] | list[list[int]]) -> Tensor:
     return there(torch.tensor(ids, dtype=torch.int64), device)
 
 
-def _packed(readout: Readout) -> RawReadout:
-    host = readout.to_host()
+def _packed(host: Readout) -> RawReadout:
     return tuple(
         getattr(host, name).numpy().astype(code, copy=False).tobytes()
         for name, code in FIELDS.items()

@@ -54,17 +54,27 @@ class Readout:
 
         This waits for the device; nothing else here does.
         """
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "merged"}
-        # Widest first, so that every part of the buffer is aligned to its own dtype.
-        order = sorted(named, key=lambda name: -named[name].element_size())
-        flat = torch.cat([named[n].contiguous().view(-1).view(torch.uint8) for n in order]).cpu()
+        return self.opened(self.flat().cpu())
+
+    def flat(self) -> Tensor:
+        """uint8: everything but ``merged``, one after the other, on the device."""
+        parts = [getattr(self, name) for name in self._order()]
+        return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+
+    def opened(self, flat: Tensor) -> Readout:
+        """What :meth:`flat` made of a readout of the same shapes, as views of it."""
         at, parts = 0, {}
-        for name in order:
-            tensor = named[name]
+        for name in self._order():
+            tensor = getattr(self, name)
             end = at + tensor.numel() * tensor.element_size()
             parts[name] = flat[at:end].view(tensor.dtype).view(tensor.shape)
             at = end
         return replace(self, merged=None, **parts)
+
+    def _order(self) -> list[str]:
+        """Widest first, so that every part of a buffer is aligned to its own dtype."""
+        names = [f.name for f in fields(self) if f.name != "merged"]
+        return sorted(names, key=lambda name: -getattr(self, name).element_size())
 
 
 @dataclass(frozen=True, eq=False)
