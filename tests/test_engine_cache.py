@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from dlmom_rs.engine import backend, selftest
+from dlmom_rs.engine import backend, selftest, testing
 from dlmom_rs.engine.backend import Engine
 from dlmom_rs.engine.cache import RowSlotLayer
 from dlmom_rs.engine.embed import embed
@@ -38,19 +38,7 @@ from dlmom_rs.engine.testing import (
 )
 
 VOCAB = 266
-SIZES: dict[str, Any] = {
-    "vocab_size": 272,
-    "hidden_size": 64,
-    "intermediate_size": 208,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+SIZES = {**testing.SIZES, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 #: Bit equality was measured on this kind of processor; kernels elsewhere may order sums otherwise.
 exact = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="bit equality is only claimed for x86-64"

@@ -22,6 +22,7 @@ from dlmom_rs.engine.backend import Engine
 from dlmom_rs.engine.device import parse_devices
 from dlmom_rs.engine.errors import ModelError
 from dlmom_rs.engine.testing import (
+    SIZES,
     advance,
     encode_packets,
     load,
@@ -34,16 +35,6 @@ from dlmom_rs.engine.testing import (
 
 from .elsewhere import Elsewhere, devices
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 272,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-}
 FAMILIES: dict[str, transformers.PreTrainedConfig] = {
     "qwen2": transformers.Qwen2Config(**SIZES),
     "mistral": transformers.MistralConfig(**SIZES, sliding_window=16),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,18 +12,8 @@ from torch import Tensor
 
 from dlmom_rs.engine.backend import Engine
 from dlmom_rs.engine.lanes import Given, RowSlotLanes
-from dlmom_rs.engine.testing import Packet, advance, load, prefill, printed, save_model
+from dlmom_rs.engine.testing import SIZES, Packet, advance, load, prefill, printed, save_model
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 272,
-    "hidden_size": 64,
-    "intermediate_size": 208,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-}
 SLOTS = 40
 #: Halves of 40 in multiples of 8, from 16 on in float32.
 WIDTHS = {"fp32": (16, 24, SLOTS), "bf16": (8, 16, 24, SLOTS)}

@@ -6,7 +6,7 @@
 
 use std::mem::discriminant;
 
-use crate::block::exp_or_zero;
+use crate::block::{exp_or_zero, largest};
 use crate::hands::Hands;
 use crate::logits::{Floats, Widen, widened_into};
 use crate::tier::{Available, tiered};
@@ -283,24 +283,15 @@ fn product_of_rest(a: &[f32], b: &[f32]) -> f32 {
 /// Scores become exponentials relative to their maximum; their sum, NaN where a softmax has none.
 #[inline(always)]
 fn weigh(scores: &mut [f32]) -> f64 {
-    let (mut high, mut sound) = ([f32::NEG_INFINITY; LANES], [true; LANES]);
-    let (groups, rest) = scores.as_chunks::<LANES>();
-    for group in groups {
-        for lane in 0..LANES {
-            let score = group[lane];
-            high[lane] = if score > high[lane] {
-                score
-            } else {
-                high[lane]
-            };
-            sound[lane] &= score < f32::INFINITY;
-        }
-    }
-    let mut max = f32::NEG_INFINITY;
-    for &score in high.iter().chain(rest) {
+    let whole = scores.len() / LANES * LANES;
+    let mut max = largest(&scores[..whole]);
+    for &score in &scores[whole..] {
         max = if score > max { score } else { max };
     }
-    let sound = !sound.contains(&false) && rest.iter().all(|&score| score < f32::INFINITY);
+    let mut sound = true;
+    for &score in &*scores {
+        sound &= score < f32::INFINITY;
+    }
     if !sound || max == f32::NEG_INFINITY {
         return f64::NAN;
     }

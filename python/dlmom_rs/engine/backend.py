@@ -46,12 +46,14 @@ Answer = tuple[Tensor | None, Tensor | None]
 class Launched:
     """What one agent's forwards leave on the device.
 
-    ``spans`` are the logits [head rows] of each span, ``step`` [r, head rows] those of the step, if
-    there is one; ``states`` the hidden states that are kept, by slot.
+    ``spans`` are the logits [head rows] of each span, ``step`` [*, head rows] those of the step, if
+    there is one, of all rows where ``rows`` names those of its slots; ``states`` the hidden states
+    that are kept, by slot.
     """
 
     spans: list[Tensor]
     step: Tensor | None
+    rows: list[int] | None
     states: dict[int, Tensor]
 
 
@@ -257,7 +259,8 @@ class Engine:
                 reason = graphs_failure(expert, lanes, graphs(expert.device))
             if reason is not None:
                 warnings.warn(f"{expert.name}: steps are not captured: {reason}", stacklevel=4)
-        if self._reader is not None:
+        captured = any(isinstance(lanes, RowSlotLanes) and lanes.graphs for lanes in templates)
+        if captured and self._reader is not None:
             self._captured_reads = self._try_reads(self._reader, graphs(self._home))
 
     def _try_reads(self, reader: Reader, make: Callable[[], Graph]) -> CapturedReads | None:
@@ -560,13 +563,15 @@ class Engine:
         try:
             spans = [self._span(call, slot, feed) for slot, feed in call.spans]
             step: Tensor | None = None
+            rows: list[int] | None = None
             if call.step is not None:
                 if isinstance(lanes, RowSlotLanes) and lanes.graphs and not call.payloads:
                     step = lanes.step_packets(call.step_slots, call.step)
+                    rows = [lanes.row(slot) for slot in call.step_slots]
                 else:
                     x = self._inputs(expert, call.step)
-                    for rows, values in call.payloads:
-                        at = there(torch.tensor(rows, dtype=torch.int64), expert.device)
+                    for places, values in call.payloads:
+                        at = there(torch.tensor(places, dtype=torch.int64), expert.device)
                         x = x.index_copy(0, at, self._inputs(expert, values))
                     step = lanes.step(call.step_slots, x)
                 if lanes.fed:
@@ -575,7 +580,7 @@ class Engine:
             states = self._kept(call, expert.captured) if expert.captured else {}
         finally:
             expert.captured = None
-        return Launched(spans, step, states)
+        return Launched(spans, step, rows, states)
 
     def _span(self, call: Call, slot: int, feed: Entries | Values) -> Tensor:
         """A span's last logits, computed, or copied with its keys and values."""
@@ -636,7 +641,7 @@ class Engine:
             spans = _parted(slots, torch.stack(found.spans), vocab, staying, of)
         step = found.step
         if step is not None:
-            step = _parted(call.step_slots, step, vocab, staying, of)
+            step = _parted(call.step_slots, step, vocab, staying, of, rows=found.rows)
         return spans, step
 
     def hidden(self, lanes: list[tuple[int, int]], ridge: bool) -> tuple[bytes, int]:
@@ -766,17 +771,32 @@ def _replace(keys: Tensor, values: Tensor, answer: Any, name: str) -> None:
 
 
 def _parted(
-    slots: list[int], logits: Tensor, vocab: int, staying: AbstractSet[int], kept: Logits | None
+    slots: list[int],
+    logits: Tensor,
+    vocab: int,
+    staying: AbstractSet[int],
+    kept: Logits | None,
+    *,
+    rows: list[int] | None = None,
 ) -> Tensor | None:
-    """What of the slots' logits [n, head rows] goes to the host: those not in ``staying``.
+    """What of the slots' logits goes to the host: those not in ``staying``.
 
-    The others go to ``kept``, where there are any.
+    The others go to ``kept``, where there are any. ``logits`` [n, head rows] are the slots', or
+    those of all rows, of which ``rows`` are the slots'.
     """
     if kept is None or staying.isdisjoint(slots):
-        return _readout(logits, vocab)
-    kept.add(slots, logits[:, :vocab])
-    leaving = [at for at, slot in enumerate(slots) if slot not in staying]
-    return _readout(logits[leaving], vocab) if leaving else None
+        return _readout(logits if rows is None else _chosen(logits, rows), vocab)
+    kept.add(slots, logits[:, :vocab], rows)
+    at = range(len(slots)) if rows is None else rows
+    leaving = [row for row, slot in zip(at, slots, strict=True) if slot not in staying]
+    return _readout(_chosen(logits, leaving), vocab) if leaving else None
+
+
+def _chosen(logits: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of logits [*, V]; a view where they follow one another."""
+    first = rows[0]
+    follow = rows == list(range(first, first + len(rows)))
+    return logits[first : first + len(rows)] if follow else logits[rows]
 
 
 #: Types that are read where they are.

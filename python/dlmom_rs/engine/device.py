@@ -106,6 +106,6 @@ def device_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def there(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on a device. CUDA and HIP take a copy and the host goes on: otherwise it would
-    wait for all that was launched before, such as the forward of another agent."""
+    """A tensor on a device. CUDA and HIP take a copy and the host goes on: otherwise it would wait
+    for all that was launched before, such as the forward of another agent."""
     return tensor.to(device, non_blocking=device.type == "cuda")

@@ -377,10 +377,17 @@ class RowSlotLanes(Lanes):
     def step(self, slots: list[int], x: Tensor) -> Tensor:
         places = self.places(slots)
         inputs = self._batch(places, x)
-        return self._run(places, None, lambda _: inputs)
+        logits = self._run(places, None, lambda _: inputs)
+        if places.first is not None:
+            return logits[places.first : places.first + len(slots)]
+        return logits.index_select(0, places.rows)
 
     def step_packets(self, slots: list[int], packets: Entries) -> Tensor:
-        """:meth:`step` with the packets' embeddings, which are part of what is captured."""
+        """:meth:`step` with the packets' embeddings, which are part of what is captured.
+
+        Logits [width, head rows] of all rows, a slot's at its :meth:`row`: what is captured next
+        takes them where they are.
+        """
 
         def inputs(given: Given) -> Tensor:
             x = embed_in_place(self.expert.embeddings, given.ids, given.probs)
@@ -393,7 +400,7 @@ class RowSlotLanes(Lanes):
         self, places: Places, packets: Entries | None, inputs: Callable[[Given], Tensor]
     ) -> Tensor:
         plan = self.cache.plan
-        at, where, first = places.at, places.where, places.first
+        at, where = places.at, places.where
         k = 0 if packets is None else packets.ids.shape[1]
         given = self._given.get(k)
         if given is None:
@@ -417,9 +424,7 @@ class RowSlotLanes(Lanes):
         self.lengths[at] = lengths + 1
         if self._room is not None:
             self._room -= 1
-        if first is not None:
-            return logits[first : first + len(at)]
-        return logits.index_select(0, places.rows)
+        return logits
 
     def launch(self) -> None:
         """Launch steps anew from now on, and free what was captured."""

@@ -65,7 +65,7 @@ class Reader:
         """
         slots, agents, operator, theta, eps, k, role, targets = read
         readout = self.consensus(
-            [logits[agent].of(slots).to(device, non_blocking=True) for agent in agents],
+            [there(logits[agent].of(slots), device) for agent in agents],
             operator,
             k=k,
             theta=theta,
@@ -163,9 +163,10 @@ class Logits:
     def __init__(self) -> None:
         self._places: dict[int, tuple[Tensor, int]] = {}
 
-    def add(self, slots: Sequence[int], logits: Tensor) -> None:
-        """Take in rows [len(slots), V] of slots."""
-        self._places.update((slot, (logits, at)) for at, slot in enumerate(slots))
+    def add(self, slots: Sequence[int], logits: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Take in logits [*, V] of slots: ``rows`` of them, or the first in order."""
+        rows = range(len(slots)) if rows is None else rows
+        self._places.update((slot, (logits, row)) for slot, row in zip(slots, rows, strict=True))
 
     def of(self, slots: Sequence[int]) -> Tensor:
         """Rows [len(slots), V] of slots, a view where they lie one behind the other."""

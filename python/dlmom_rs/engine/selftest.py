@@ -74,7 +74,8 @@ def drive(lanes: Lanes, rows: dict[int, Row], *, packets: bool = False) -> dict[
             ids, probs = (
                 np.stack(x) for x in zip(*((p.ids[i], p.probs[i]) for p in given), strict=True)
             )
-            logits = lanes.step_packets(slots, Entries(ids, probs))
+            every = lanes.step_packets(slots, Entries(ids, probs))
+            logits = every[[lanes.row(slot) for slot in slots]]
         else:
             logits = lanes.step(slots, torch.stack([rows[slot].steps[i] for slot in slots]))
         for j, slot in enumerate(slots):

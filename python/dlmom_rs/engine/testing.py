@@ -32,6 +32,19 @@ CHAT_TEMPLATE = (
 )
 
 
+#: Sizes of a model that a test can make at once, as keywords of a config; ``tiny_tokenizer`` fits.
+SIZES: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 64,
+    "intermediate_size": 208,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+
+
 def tiny_tokenizer() -> Tokenizer:
     """A byte-level BPE tokenizer of 266 ids: every byte, a few merges, three special tokens."""
     vocab = byte_of_char()
